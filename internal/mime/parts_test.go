@@ -148,9 +148,10 @@ func FuzzScanParts(f *testing.F) {
 			if p.Start < from || p.Body < p.Start || p.End < p.Body || p.End > to {
 				t.Fatalf("offsets %d %d %d outside of %d-%d", p.Start, p.Body, p.End, from, to)
 			}
+			at := p.Body
 			for _, c := range p.Children {
-				check(c, p.Body, p.End)
-				from = c.End
+				check(c, at, p.End)
+				at = c.End
 			}
 			for _, enc := range []string{p.Encoding, "base64", "quoted-printable"} {
 				if _, err := io.ReadAll(Decode(bytes.NewReader(b[p.Body:p.End]), enc)); err != nil {
