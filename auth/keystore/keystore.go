@@ -37,8 +37,8 @@ type Options struct {
 
 // Info describes an entry for people.
 type Info struct {
-	Alias string // as keytool -list shows it; "" where the file encrypts the name of a trusted certificate
-	Kind  string // "key" or "trusted certificate"
+	Alias string // as keytool -list shows it; "" for a certificate, whose name the file encrypts
+	Kind  string // "key", or "certificate" for one that belongs to no key, such as a Java trusted certificate
 	// Algorithm is such as "RSA 2048" or "EC P-256".
 	Algorithm           string
 	Subject             string // of the certificate; "" without one
@@ -290,7 +290,7 @@ func (s *Store) Aliases() []Info {
 		all = append(all, i)
 	}
 	for _, c := range s.trusted {
-		all = append(all, Info{Kind: "trusted certificate", Algorithm: algorithm(c.PublicKey), Subject: c.Subject.String(), NotBefore: c.NotBefore, NotAfter: c.NotAfter})
+		all = append(all, Info{Kind: "certificate", Algorithm: algorithm(c.PublicKey), Subject: c.Subject.String(), NotBefore: c.NotBefore, NotAfter: c.NotAfter})
 	}
 	return all
 }

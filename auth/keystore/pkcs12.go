@@ -123,8 +123,6 @@ func parseP12(b []byte, pw secret.Text) (*Store, error) {
 		if err := w.costIn(file.MacData.Mac.Algorithm.Parameters.FullBytes, 0); err != nil {
 			return nil, err
 		}
-		// An empty list of safes fails in many ways, but only after its MAC was found right; this file's
-		// own content has to be there for that.
 	}
 	for _, safe := range safes {
 		if err := w.costIn(safe.Content.FullBytes, 0); err != nil {
@@ -406,5 +404,9 @@ func decryptKey(der []byte, pw secret.Text) (any, error) {
 		return nil, err
 	}
 	k, _, err := w.decode(w.data(bag{ID: oidShrouded, Value: explicit(der)}, w.dummyCert))
-	return k, err
+	if err != nil {
+		// No MAC guards this key: a wrong password shows as bad padding or as rubbish.
+		return nil, errors.New("the password of its key is wrong, or the key is damaged: try it with openssl pkey -noout -in FILE")
+	}
+	return k, nil
 }

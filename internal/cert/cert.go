@@ -51,7 +51,13 @@ type Made struct {
 // Make gives the certificate kept in dir, for localhost and names (host names or addresses), and makes or
 // renews what is missing, about to expire, or for other names.
 func Make(dir string, names []string, now func() time.Time) (*Made, error) {
-	all := append([]string{"localhost", "127.0.0.1", "::1"}, names...)
+	all := []string{"localhost", "127.0.0.1", "::1"}
+	for _, n := range names {
+		if ip := net.ParseIP(n); ip != nil {
+			n = ip.String() // one address has several spellings
+		}
+		all = append(all, n)
+	}
 	slices.Sort(all)
 	m := &Made{CAFile: filepath.Join(dir, "ca.pem"), dir: dir, names: slices.Compact(all), now: now}
 	if err := os.MkdirAll(dir, 0o700); err != nil {

@@ -40,7 +40,7 @@ func TestMadeCertificateIsTrustedThroughItsAuthorityOverRenewals(t *testing.T) {
 		return got.Leaf
 	}
 	first := verify(m)
-	again, err := Make(dir, []string{"192.0.2.1", "bridge.example.test"}, c.now)
+	again, err := Make(dir, []string{"192.0.2.1", "bridge.example.test", "0:0:0:0:0:0:0:1"}, c.now)
 	if err != nil {
 		t.Fatal(err)
 	}
