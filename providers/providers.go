@@ -16,10 +16,11 @@ import (
 // Account is one opened account: a struct of small roles. A nil role is one that this account does not
 // have, for want of an API or of consent.
 type Account struct {
-	Sender Sender
-	Sent   SentFinder
-	Prober Prober
-	Traits Traits
+	Sender  Sender
+	Sent    SentFinder
+	Prober  Prober
+	Bouncer Bouncer
+	Traits  Traits
 	// Close gives up pooled connections; nil when there are none.
 	Close func() error
 }
@@ -30,6 +31,9 @@ type Traits struct {
 	MaxRecipients int   // recipients of one Commit; 0 is no limit. The outbox splits longer lists
 	Parallel      int   // requests that the cloud takes at once for this mailbox; 0 is one
 	SMTPUTF8      bool  // takes addresses beyond ASCII (RFC 6531)
+	// OneStep says that Prepare stages nothing and asks the cloud nothing, so that an attempt may be recorded
+	// as committing from its start.
+	OneStep bool
 }
 
 // Sender hands messages to the cloud in two steps, so that what is unsure can be looked up.
@@ -45,7 +49,9 @@ type Sender interface {
 	// calls Commit again with the same handle. Any other error means that it has not.
 	Commit(ctx context.Context, out *mail.Outgoing, h mail.Handle) (mail.Receipt, error)
 	// Abandon removes what Prepare staged, or may have staged, for a message that will not be sent with
-	// that handle. It never touches a message that was sent. Calling it twice is harmless.
+	// that handle; with an empty handle, everything that was staged for the message and not sent, so that
+	// the caller has no other handle of it in use. It never touches a message that was sent. Calling it
+	// twice is harmless.
 	Abandon(ctx context.Context, out *mail.Outgoing, h mail.Handle) error
 }
 
@@ -70,6 +76,15 @@ type SentFinder interface {
 // The detail is a sentence for the operator.
 type Prober interface {
 	Probe(ctx context.Context) (detail string, err error)
+}
+
+// Bouncer files a report, such as an RFC 3464 bounce, into the mailbox of the account itself, where its
+// owner reads it. Where the cloud knows no other way it is a message that the mailbox sends: the report's
+// From becomes the mailbox's own address. To is where the report goes, empty for the mailbox's address; it
+// must be an address of the account, for a bounce to anybody else is backscatter. An error with Unsure set
+// means that the report may be there.
+type Bouncer interface {
+	Bounce(ctx context.Context, raw mail.Content, to string) error
 }
 
 // Token is an access token and the time after which it must not be used.
@@ -101,6 +116,9 @@ type Config struct {
 	Mailbox  string // the address of the mailbox
 	Mismatch Mismatch
 	Log      *slog.Logger
+	// NoDrafts says that the profile may send and nothing more (Graph: Mail.Send alone), so that staging
+	// is not even tried. Without it the provider finds out by a refusal.
+	NoDrafts bool
 
 	// HTTP clouds: a client that already authorises, paces and measures, and the base of the API without
 	// a trailing slash, such as https://graph.microsoft.com/v1.0.

@@ -220,11 +220,18 @@ func FormatAddress(a Address) string {
 }
 
 func formatPhrase(name string) string {
+	// A tab or another control character in a name could end it (and begin an address).
+	name = strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, name)
 	plain := true
 	for _, r := range name {
-		if r > 0x7e || r < ' ' {
+		if r > 0x7e {
 			// RFC 2047 §5 (3): in a phrase the Q form may hold letters, digits and a few signs alone.
-			if strings.ContainsAny(name, "\"#$%&'(),.:;<>@[]^`{|}~") {
+			if strings.ContainsAny(name, "\"#$%&'(),.:;<>@[\\]^`{|}~") {
 				return stdmime.BEncoding.Encode("utf-8", name)
 			}
 			return stdmime.QEncoding.Encode("utf-8", name)

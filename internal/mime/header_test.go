@@ -75,7 +75,7 @@ func TestAddressesFromTheWild(t *testing.T) {
 }
 
 func TestFormattedAddressesAreReadBackByTheStandardLibrary(t *testing.T) {
-	list := []Address{{"Ann Lee", "a@x.example"}, {"Lee, Ann \"A\\\"", "b@x.example"}, {"Grüße, an", "c@x.example"}, {"", "d@x.example"}, {strings.Repeat("long ", 20), "e@x.example"}}
+	list := []Address{{"Ann Lee", "a@x.example"}, {"Lee, Ann \"A\\\"", "b@x.example"}, {"Grüße, an", "c@x.example"}, {"", "d@x.example"}, {"evil@z,\tx", "f@x.example"}, {"b\\ü", "g@x.example"}, {strings.Repeat("long ", 20), "e@x.example"}}
 	s := FormatAddresses(list, 4)
 	back, err := mail.ParseAddressList(strings.ReplaceAll(s, "\r\n", ""))
 	if err != nil {
@@ -86,7 +86,7 @@ func TestFormattedAddressesAreReadBackByTheStandardLibrary(t *testing.T) {
 		t.Fatalf("%d and %d of %d", len(back), len(ours), len(list))
 	}
 	for i := range list {
-		if back[i].Address != list[i].Addr || back[i].Name != strings.TrimSpace(list[i].Name) || ours[i].Addr != list[i].Addr || ours[i].Name != back[i].Name {
+		if back[i].Address != list[i].Addr || back[i].Name != strings.ReplaceAll(strings.TrimSpace(list[i].Name), "\t", " ") || ours[i].Addr != list[i].Addr || ours[i].Name != back[i].Name {
 			t.Errorf("%+v became %+v and %+v", list[i], back[i], ours[i])
 		}
 	}
