@@ -189,3 +189,15 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+func TestEverySettingIsInTheReference(t *testing.T) {
+	b, err := os.ReadFile(filepath.Join("..", "..", "docs", "configuration.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range settings() {
+		if !strings.Contains(string(b), s) {
+			t.Errorf("docs/configuration.md does not tell of %s", s)
+		}
+	}
+}
