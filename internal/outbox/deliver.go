@@ -289,6 +289,7 @@ func (o *Outbox) succeeded(a *account, it *item, r mail.Receipt) {
 		rc := &it.rcpts[i]
 		if rc.state != trying {
 			again = again || rc.state == pending
+			lost = lost || rc.state == refused
 			continue
 		}
 		e := refusals[rc.addr]
