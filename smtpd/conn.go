@@ -289,6 +289,11 @@ func (c *conn) command() (*string, error) {
 	c.mu.Lock()
 	c.between = true
 	c.mu.Unlock()
+	// A TLS record (RFC 8446 §5.1) may hold no line end for a long time.
+	if first, err := c.br.Peek(1); err == nil && first[0] == 0x16 {
+		c.log.Info("a client begins with TLS on a port that does not: set it to STARTTLS, or use an implicit TLS port", "client", c.remote.String())
+		return nil, errEnd
+	}
 	b, err := c.readLine(maxAuthLine)
 	if err == nil && len(b) > maxLine && !strings.EqualFold(string(b[:5]), "AUTH ") {
 		err = errLong
@@ -319,10 +324,6 @@ func (c *conn) command() (*string, error) {
 	}
 	if c.bare && !c.l.Tolerant {
 		return nil, c.badCommand(replyLineEnd)
-	}
-	if len(b) > 0 && b[0] == 0x16 { // a TLS record: RFC 8446 §5.1
-		c.log.Info("a client begins with TLS on a port that does not: set it to STARTTLS, or use an implicit TLS port", "client", c.remote.String())
-		return nil, errEnd
 	}
 	line := strings.TrimRight(string(b), " \t")
 	if line == "" {
