@@ -172,7 +172,7 @@ func (c *conn) received(id outbox.ID) string {
 // token makes a client's name safe for a trace line.
 func token(s string) string {
 	s = strings.Map(func(r rune) rune {
-		if r > ' ' && r < 0x7f && !strings.ContainsRune(`()<>[]\";,`, r) {
+		if r > ' ' && r < 0x7f && !strings.ContainsRune(`()<>\";,`, r) {
 			return r
 		}
 		return '_'

@@ -1,0 +1,23 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+)
+
+func newCheck(e *env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "check",
+		Short: "Check the configuration file; start nothing",
+		Args:  usage(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			f, err := e.load()
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: good: %d listeners, %d profiles, %d accounts\n", f.Path, len(f.SMTP.Listen), len(f.Profiles), len(f.Accounts))
+			return err
+		},
+	}
+}
