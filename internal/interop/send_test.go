@@ -33,9 +33,17 @@ var clients = map[string]func(s submission) *exec.Cmd{
 		if s.port.TLS == "implicit" {
 			tls = "--tlsc"
 		}
+		// swaks ends the message with a line end of its own.
+		b, err := os.ReadFile(s.file)
+		if err == nil {
+			err = os.WriteFile(s.file+".swaks", bytes.TrimSuffix(b, []byte("\r\n")), 0o600)
+		}
+		if err != nil {
+			panic(err)
+		}
 		return exec.Command("swaks", "--server", s.port.Host, "--port", strconv.Itoa(s.port.Port), tls, "--tls-verify", "--tls-ca-path", s.CA,
 			"--auth", "LOGIN", "--auth-user", s.Name, "--auth-password", s.Password, "--helo", "scanner",
-			"--from", s.Mailbox, "--to", strings.Join(s.to, ","), "--data", "@"+s.file)
+			"--from", s.Mailbox, "--to", strings.Join(s.to, ","), "--data", "@"+s.file+".swaks")
 	},
 	"msmtp": func(s submission) *exec.Cmd {
 		starttls := "on"
