@@ -95,6 +95,7 @@ func (o *Outbox) report(ctx context.Context, it *item, now time.Time) (mail.Cont
 	line("")
 	line("--%s", boundary)
 	line("Content-Type: text/plain; charset=utf-8")
+	line("Content-Transfer-Encoding: 8bit")
 	line("")
 	line("A message that was handed to Mailbridge on %s could not be sent.", o.hostname)
 	line("It was accepted on %s and has the id %s.", it.created.Format(time.RFC1123Z), it.id)

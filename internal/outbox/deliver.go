@@ -3,7 +3,6 @@ package outbox
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"slices"
@@ -163,10 +162,17 @@ func (o *Outbox) attempt(ctx context.Context, a *account, it *item) {
 			it.waiter.finish(Queued, nil, true)
 		}
 	}()
-	var c mail.Content = it.content
-	if it.content == nil {
-		var err error
-		if c, err = o.body(ctx, it); err != nil {
+	out := it.outgoing(nil)
+	sender := a.Provider.Sender
+	// The look-up first: it needs no body, which may be gone when a crash came between sending and recording.
+	if it.state == Unsure && !o.lookUp(ctx, a, it, out) {
+		return
+	}
+	if it.content != nil {
+		out.Content = it.content
+	} else {
+		c, err := o.body(ctx, it)
+		if err != nil {
 			class := mailerr.Temporary
 			if errors.Is(err, fs.ErrNotExist) {
 				class = mailerr.Permanent
@@ -174,11 +180,7 @@ func (o *Outbox) attempt(ctx context.Context, a *account, it *item) {
 			o.failed(a, it, &mailerr.Error{Class: class, Status: mailerr.Status{Subject: 3}, Op: "outbox.body", Text: "the stored message cannot be read", Err: err})
 			return
 		}
-	}
-	out := it.outgoing(c)
-	sender := a.Provider.Sender
-	if it.state == Unsure && !o.lookUp(ctx, a, it, out) {
-		return
+		out.Content = c
 	}
 	if it.handle == "" {
 		if it.stray {
@@ -232,6 +234,7 @@ func (o *Outbox) lookUp(ctx context.Context, a *account, it *item, out *mail.Out
 		if err != nil {
 			e := *mailerr.Of(err)
 			e.Unsure = true // still
+			it.lookups++
 			o.failed(a, it, &e)
 			return false
 		}
@@ -331,10 +334,11 @@ func (o *Outbox) succeeded(a *account, it *item, r mail.Receipt) {
 			it.waiter.finish(Sent, nil, true)
 		}
 		// A crash before this is written makes the attempt unsure, and the look-up finds it sent.
-		if a.Provider.Sent != nil && claimed {
+		if a.Provider.Sent != nil && claimed && !it.spool {
 			o.w.later(it.finish(now))
 		} else if err := o.w.do(it.finish(now)); err != nil {
 			o.log.Error("a sent message could not be recorded as sent; it will be looked up", "item", string(it.id), "err", err)
+			return
 		}
 		o.dropFile(it)
 	}
@@ -363,7 +367,7 @@ func (o *Outbox) failed(a *account, it *item, err error) {
 		o.mu.Unlock()
 	}
 	if e.Unsure {
-		it.state, it.nextAt = Unsure, now.Add(a.Settle)
+		it.state, it.nextAt = Unsure, now.Add(max(a.Settle, time.Second)<<min(it.lookups, 6))
 		if e.RetryAt.After(it.nextAt) {
 			it.nextAt = e.RetryAt
 		}
@@ -375,10 +379,16 @@ func (o *Outbox) failed(a *account, it *item, err error) {
 		o.record(a, it)
 		return
 	}
+	left := false // recipients whom this attempt was not for
 	for i := range it.rcpts {
-		if it.rcpts[i].state == trying {
-			it.rcpts[i].state = pending
-			it.rcpts[i].code, it.rcpts[i].reason = e.Code(), e.Text
+		rc := &it.rcpts[i]
+		left = left || rc.state == pending
+		if rc.state != trying {
+			continue
+		}
+		rc.state, rc.code, rc.reason = pending, e.Code(), e.Text
+		if e.Class == mailerr.Permanent {
+			rc.state = refused
 		}
 	}
 	it.state, it.phase, it.lookups = Queued, "", 0
@@ -387,10 +397,10 @@ func (o *Outbox) failed(a *account, it *item, err error) {
 		if it.handle != "" {
 			it.abandon(o.ctx, a, o)
 		}
-		for i := range it.rcpts {
-			if it.rcpts[i].state == pending {
-				it.rcpts[i].state = refused
-			}
+		if left {
+			it.nextAt = now
+			o.record(a, it)
+			return
 		}
 		if it.noneSent() && it.waiter.claim() {
 			// The client hears it now, so nothing stays behind.
@@ -484,6 +494,10 @@ func (o *Outbox) parkAccount(a *account, e *mailerr.Error, now time.Time) {
 		p = &park{since: now}
 		a.park = p
 	}
+	if p.tries > 0 && now.Before(p.until) && p.class == e.Class {
+		o.mu.Unlock() // attempts that were under way together fail together: that is one failure
+		return
+	}
 	wait := min(firstPark<<min(p.tries, 10), longestPark)
 	if e.Class == mailerr.Quota {
 		wait = quotaPark
@@ -537,7 +551,10 @@ func (o *Outbox) unpark(a *account) {
 // record stores what an attempt came to. When that fails, the attempt counts as cut off: after the disk has
 // healed and the bridge was started again, the record on disk says what to look up.
 func (o *Outbox) record(a *account, it *item) {
-	if err := o.w.do(it.save); err != nil {
+	switch err := o.w.do(it.save); {
+	case errors.Is(err, errGone):
+		o.log.Warn("a message was deleted while it was attempted", "item", string(it.id))
+	case err != nil:
 		o.log.Error("the outcome of an attempt could not be recorded", "item", string(it.id), "err", err)
 		o.retrySave(it)
 	}
@@ -552,7 +569,7 @@ func (o *Outbox) retrySave(it *item) {
 			return
 		case <-time.After(wait):
 		}
-		if err := o.w.do(it.save); err == nil {
+		if err := o.w.do(it.save); err == nil || errors.Is(err, errGone) {
 			return
 		}
 		o.mu.Lock()
@@ -564,6 +581,21 @@ func (o *Outbox) retrySave(it *item) {
 	}
 }
 
+// errGone says that somebody deleted a message, or took it out of the queue, meanwhile.
+var errGone = errors.New("the record is gone")
+
+// claim is save for the begin of an attempt: it fails with errGone when an operator was quicker.
+func (it *item) claim(t tx) error {
+	n, err := t.exec("UPDATE items SET phase = phase WHERE id = ? AND state = 'queued' AND phase = '' AND next_at > 0", string(it.id))
+	if err != nil {
+		return err
+	}
+	if n == 0 {
+		return errGone
+	}
+	return it.save(t)
+}
+
 // save writes the item's changing columns and its recipients.
 func (it *item) save(t tx) error {
 	n, err := t.exec(`UPDATE items SET state = ?, next_at = ?, attempts = ?, phase = ?, handle = ?, stray = ?, lookups = ?, class = ?, code = ?, reason = ?, request_id = ? WHERE id = ?`,
@@ -572,7 +604,7 @@ func (it *item) save(t tx) error {
 		return err
 	}
 	if n == 0 {
-		return fmt.Errorf("the record of %s is gone", it.id)
+		return errGone
 	}
 	for _, r := range it.rcpts {
 		if _, err := t.exec("UPDATE recipients SET state = ?, code = ?, reason = ? WHERE item = ? AND n = ? AND (state <> ? OR reason <> ?)", r.state, r.code, r.reason, string(it.id), r.n, r.state, r.reason); err != nil {

@@ -120,6 +120,7 @@ type recent struct {
 	created  time.Time
 	live     bool // its client is connected and has not been told, as far as is known
 	read     bool // the client has read our answer
+	doubt    bool // the answer was that nobody knows: a client that has read it sends again
 	repeated bool
 	done     chan struct{} // closed when its Submit came to an end
 }
@@ -190,6 +191,7 @@ func (o *Outbox) Start(ctx context.Context) error {
 	if err := o.sweep(ctx); err != nil {
 		return err
 	}
+	o.nearTimes(o.now()) // the clock may have been set back while nobody looked
 	if err := o.loadRecent(ctx); err != nil {
 		return err
 	}
@@ -293,6 +295,7 @@ func (o *Outbox) Submit(ctx context.Context, s Submission, r io.Reader) (Result,
 		if err != nil && !it.kept {
 			o.forget(rec)
 		}
+		rec.doubt = err != nil
 	}
 	o.mu.Unlock()
 	return res, err
@@ -319,7 +322,15 @@ func digest(s Submission) [32]byte {
 func (o *Outbox) remember(ctx context.Context, it *item) (*recent, Result, error) {
 	o.mu.Lock()
 	first := o.recent[it.digest]
-	repeats := first != nil && !first.repeated && !first.live && !first.read && it.created.Sub(first.created).Abs() < window
+	repeats := first != nil && !first.repeated && !first.live && it.created.Sub(first.created).Abs() < window
+	if repeats && first.read && !first.doubt {
+		// What the client knows to be taken it sends anew, unless we do not know ourselves whether it was sent.
+		id := first.id
+		o.mu.Unlock()
+		state, err := o.state(ctx, id)
+		o.mu.Lock()
+		repeats = err == nil && state == Unsure && o.recent[it.digest] == first && !first.repeated
+	}
 	if !repeats {
 		if len(o.recentID) >= maxRecent {
 			o.prune(it.created)
@@ -352,20 +363,23 @@ func (o *Outbox) remember(ctx context.Context, it *item) (*recent, Result, error
 	if err != nil {
 		return first, Result{}, o.diskError(err)
 	}
+	o.log.Info("resubmission of a message whose answer may not have been read: answered like the first", "item", string(first.id), "account", string(it.account), "repeat", string(it.id))
+	o.mu.Lock()
+	delivered := o.accounts[it.account].Delivered
+	o.mu.Unlock()
+	if delivered && state != Sent {
+		o.mu.Lock()
+		first.repeated = false // this answer settles nothing
+		o.mu.Unlock()
+		return first, Result{}, &mailerr.Error{Class: mailerr.Temporary, Status: mailerr.Status{Subject: 4, Detail: 2}, Op: "outbox.submit", Text: "whether the message was sent is being found out"}
+	}
 	if err := o.w.do(func(t tx) error {
 		_, err := t.exec("UPDATE items SET repeated = 1 WHERE id = ?", string(first.id))
 		return err
 	}); err != nil {
 		return first, Result{}, o.diskError(err)
 	}
-	o.log.Info("resubmission of a message whose answer may not have been read: answered like the first", "item", string(first.id), "account", string(it.account), "repeat", string(it.id))
 	o.metrics.duplicates.Inc()
-	o.mu.Lock()
-	delivered := o.accounts[it.account].Delivered
-	o.mu.Unlock()
-	if delivered && state != Sent {
-		return first, Result{}, &mailerr.Error{Class: mailerr.Temporary, Status: mailerr.Status{Subject: 4, Detail: 2}, Op: "outbox.submit", Text: "whether the message was sent is being found out"}
-	}
 	return first, Result{ID: first.id, State: Duplicate}, nil
 }
 
@@ -380,7 +394,7 @@ func (o *Outbox) forget(r *recent) {
 // prune drops what no resubmission is recognised for any more; the caller holds the lock.
 func (o *Outbox) prune(now time.Time) {
 	for _, r := range o.recentID {
-		if !r.live && (r.read || r.repeated || now.Sub(r.created) > window) || len(o.recentID) > maxRecent {
+		if !r.live && (r.repeated || now.Sub(r.created).Abs() > window) || len(o.recentID) >= maxRecent && r.read {
 			o.forget(r)
 		}
 	}
@@ -394,10 +408,8 @@ func (o *Outbox) Answered(id ID, read bool) {
 	o.mu.Lock()
 	r := o.recentID[id]
 	if r != nil {
+		read = read && !r.doubt
 		r.live, r.read = false, read
-		if read {
-			o.forget(r)
-		}
 	}
 	o.mu.Unlock()
 	if r != nil && read {

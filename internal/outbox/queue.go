@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
 	"path/filepath"
-	"strings"
+	"slices"
 	"time"
 
 	"mailbridge/internal/db"
@@ -43,6 +45,7 @@ type Entry struct {
 	From       string      `json:"from"`
 	Size       int64       `json:"size"`
 	Attempts   int         `json:"attempts"`
+	Lookups    int         `json:"lookups,omitempty"` // of an outcome that is unsure
 	Class      string      `json:"class,omitempty"`
 	Code       string      `json:"code,omitempty"`
 	Reason     string      `json:"reason,omitempty"`
@@ -63,7 +66,7 @@ type Recipient struct {
 
 // Stuck reports whether a person has to do something about the entry.
 func (e *Entry) Stuck() bool {
-	return e.State == Dead || e.State == Unsure && e.NextAt == nil || e.State == Queued && e.Class == "auth"
+	return e.State == Dead || e.State == Unsure && (e.NextAt == nil || e.Lookups > maxLookups) || e.State == Queued && e.Class == "auth"
 }
 
 // Filter narrows a listing or a bulk operation. Zero fields do not.
@@ -75,23 +78,12 @@ type Filter struct {
 	After   ID  // for paging: entries behind this one
 }
 
-func (f Filter) where(now time.Time) (string, []any) {
-	conds, args := []string{"id > ?"}, []any{string(f.After)}
-	if f.Account != "" {
-		conds, args = append(conds, "account = ?"), append(args, f.Account)
-	}
+// states are those that the filter lets pass.
+func (f Filter) states() []State {
 	if f.State != "" {
-		conds, args = append(conds, "state = ?"), append(args, string(f.State))
-	} else {
-		conds = append(conds, "state IN ('queued', 'unsure', 'held', 'bouncing', 'dead')")
+		return []State{f.State}
 	}
-	if f.Older > 0 {
-		conds, args = append(conds, "created < ?"), append(args, now.Add(-f.Older).UnixMilli())
-	}
-	if f.Limit <= 0 {
-		f.Limit = 1000
-	}
-	return strings.Join(conds, " AND ") + fmt.Sprintf(" ORDER BY id LIMIT %d", f.Limit), args
+	return []State{Queued, Unsure, Held, Bouncing, Dead}
 }
 
 // List lists submissions, oldest first.
@@ -114,22 +106,38 @@ func (q *Queue) List(ctx context.Context, f Filter) ([]Entry, error) {
 	return list, nil
 }
 
+// ids lists the matching ids in order. Each state is read by its index, so that a page costs what a page
+// holds, however long the queue is.
 func (q *Queue) ids(ctx context.Context, f Filter) ([]ID, error) {
-	where, args := f.where(q.o.now())
-	rows, err := q.o.db.QueryContext(ctx, "SELECT id FROM items WHERE "+where, args...)
-	if err != nil {
-		return nil, err
+	if f.Limit <= 0 {
+		f.Limit = 1000
 	}
-	defer rows.Close()
+	conds, args := "id > ?", []any{string(f.After)}
+	if f.Account != "" {
+		conds, args = conds+" AND account = ?", append(args, f.Account)
+	}
+	if f.Older > 0 {
+		conds, args = conds+" AND id < ?", append(args, string(firstID(q.o.now().Add(-f.Older))))
+	}
 	var ids []ID
-	for rows.Next() {
-		var id ID
-		if err := rows.Scan(&id); err != nil {
+	for _, s := range f.states() {
+		rows, err := q.o.db.QueryContext(ctx, "SELECT id FROM items WHERE state = ? AND "+conds+" ORDER BY id LIMIT ?", append(append([]any{string(s)}, args...), f.Limit)...)
+		if err != nil {
 			return nil, err
 		}
-		ids = append(ids, id)
+		for rows.Next() {
+			var id ID
+			if err := rows.Scan(&id); err != nil {
+				return nil, errors.Join(err, rows.Close())
+			}
+			ids = append(ids, id)
+		}
+		if err := errors.Join(rows.Err(), rows.Close()); err != nil {
+			return nil, err
+		}
 	}
-	return ids, rows.Err()
+	slices.Sort(ids)
+	return ids[:min(len(ids), f.Limit)], nil
 }
 
 // Show gives one submission.
@@ -138,7 +146,7 @@ func (q *Queue) Show(ctx context.Context, id ID) (*Entry, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", id, err)
 	}
-	e := &Entry{ID: id, Account: string(it.account), State: it.state, Created: it.created, From: it.envelope.From, Size: it.size, Attempts: it.attempts,
+	e := &Entry{ID: id, Account: string(it.account), State: it.state, Created: it.created, From: it.envelope.From, Size: it.size, Attempts: it.attempts, Lookups: it.lookups,
 		Code: it.code, Reason: it.reason, MessageID: it.messageID, Client: it.client, Fixes: it.fixes, RequestID: it.requestID, Recipients: []Recipient{}}
 	if !it.nextAt.IsZero() {
 		e.NextAt = &it.nextAt
@@ -223,7 +231,9 @@ func (q *Queue) Release(ctx context.Context, id ID) error {
 
 // Delete forgets a submission for good, without a report.
 func (q *Queue) Delete(ctx context.Context, id ID) error {
+	var gone item
 	err := q.change(ctx, id, func(t *sql.Tx, it *item) error {
+		gone = *it
 		for _, s := range []string{"DELETE FROM bodies WHERE item = ?", "DELETE FROM recipients WHERE item = ?", "DELETE FROM items WHERE id = ?"} {
 			if _, err := t.ExecContext(ctx, s, string(id)); err != nil {
 				return err
@@ -231,7 +241,12 @@ func (q *Queue) Delete(ctx context.Context, id ID) error {
 		}
 		return nil
 	})
-	return err // a body in the spool is swept at the next start
+	if err == nil && gone.spool {
+		if err = os.Remove(q.o.spoolPath(id)); errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+	}
+	return err
 }
 
 // change runs f on one submission that is not being sent, and lets a running service know.
@@ -243,7 +258,7 @@ func (q *Queue) change(ctx context.Context, id ID, f func(*sql.Tx, *item) error)
 	defer tx.Rollback()
 	it := &item{id: id}
 	var next int64
-	err = tx.QueryRowContext(ctx, "SELECT account, state, phase, next_at FROM items WHERE id = ?", string(id)).Scan(&it.account, &it.state, &it.phase, &next)
+	err = tx.QueryRowContext(ctx, "SELECT account, state, phase, next_at, spool FROM items WHERE id = ?", string(id)).Scan(&it.account, &it.state, &it.phase, &next, &it.spool)
 	it.nextAt = fromMillis(next)
 	if errors.Is(err, sql.ErrNoRows) {
 		return fmt.Errorf("%s: there is no such message in the queue", id)

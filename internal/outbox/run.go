@@ -2,14 +2,16 @@ package outbox
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"mailbridge/internal/mail"
 	"mailbridge/internal/mailerr"
 )
 
-// active are the states in which something happens by itself when it is due.
-var active = [...]State{Queued, Unsure, Bouncing}
+// active are the states in which something happens by itself when it is due. Those of which there are few come
+// first: a long queue must not keep what is unsure from being looked up.
+var active = [...]State{Unsure, Bouncing, Queued}
 
 const (
 	// purgeEvery is how often records that are done with are deleted.
@@ -47,6 +49,9 @@ func (o *Outbox) run() {
 		wait := min(o.dispatch(now), lookOften)
 		if now.Sub(lastPurge).Abs() > purgeEvery {
 			lastPurge = now
+			o.mu.Lock()
+			o.prune(now)
+			o.mu.Unlock()
 			o.purge(now)
 		}
 		timer := time.NewTimer(wait)
@@ -74,6 +79,7 @@ func (o *Outbox) dispatch(now time.Time) time.Duration {
 	for _, a := range o.accounts {
 		if !a.due.After(now) {
 			due = append(due, a)
+			a.due = now.Add(time.Hour) // release and wake set it back while serve reads
 		} else if a.due.Before(next) {
 			next = a.due
 		}
@@ -88,7 +94,11 @@ func (o *Outbox) dispatch(now time.Time) time.Duration {
 			at = now.Add(lookOften)
 		}
 		o.mu.Lock()
-		a.due = at
+		if a.due.IsZero() {
+			at = now
+		} else {
+			a.due = at
+		}
 		o.mu.Unlock()
 		if at.Before(next) {
 			next = at
@@ -197,8 +207,10 @@ func (o *Outbox) again(a *account, id ID) {
 	it.attempts++
 	if it.state == Queued {
 		o.begin(a, it)
-		if err := o.w.do(it.save); err != nil {
-			o.log.Error("an attempt cannot be recorded, so it is not made", "item", string(id), "err", err)
+		if err := o.w.do(it.claim); err != nil {
+			if !errors.Is(err, errGone) {
+				o.log.Error("an attempt cannot be recorded, so it is not made", "item", string(id), "err", err)
+			}
 			o.release(a, id)
 			return
 		}
@@ -287,7 +299,7 @@ func (o *Outbox) recover(ctx context.Context) error {
 
 // loadRecent remembers the submissions of the last hour whose answers may not have been read.
 func (o *Outbox) loadRecent(ctx context.Context) error {
-	rows, err := o.db.QueryContext(ctx, "SELECT id, digest, created FROM items WHERE created > ? AND answered = 0 AND repeated = 0 ORDER BY created", o.now().Add(-window).UnixMilli())
+	rows, err := o.db.QueryContext(ctx, "SELECT id, digest, created, answered FROM items WHERE created > ? AND (answered = 0 OR state = 'unsure') AND repeated = 0 ORDER BY created", o.now().Add(-window).UnixMilli())
 	if err != nil {
 		return err
 	}
@@ -300,7 +312,7 @@ func (o *Outbox) loadRecent(ctx context.Context) error {
 		var r recent
 		var digest []byte
 		var created int64
-		if err := rows.Scan(&r.id, &digest, &created); err != nil {
+		if err := rows.Scan(&r.id, &digest, &created, &r.read); err != nil {
 			return err
 		}
 		if len(digest) != len(r.digest) {
@@ -372,8 +384,14 @@ func (o *Outbox) clockSetBack(now time.Time) {
 		}
 	}
 	o.mu.Unlock()
+	o.nearTimes(now)
+}
+
+// nearTimes lets nothing wait for longer than the schedule has it.
+func (o *Outbox) nearTimes(now time.Time) {
+	longest := o.schedule[len(o.schedule)-1]*5/4 + time.Hour
 	if err := o.w.do(func(t tx) error {
-		_, err := t.exec("UPDATE items SET next_at = ? WHERE next_at > ? AND class <> 'quota' AND state IN ('queued', 'unsure', 'bouncing')", now.UnixMilli(), now.Add(longest).UnixMilli())
+		_, err := t.exec("UPDATE items SET next_at = ? WHERE next_at > ? AND class NOT IN ('quota', 'throttled') AND lookups = 0 AND state IN ('queued', 'unsure', 'bouncing')", now.UnixMilli(), now.Add(longest).UnixMilli())
 		return err
 	}); err != nil {
 		o.log.Error("waiting mail keeps its old times", "err", err)
@@ -389,7 +407,7 @@ func (o *Outbox) purge(now time.Time) {
 		if p.keep <= 0 {
 			continue
 		}
-		rows, err := o.db.QueryContext(o.ctx, "SELECT id, spool FROM items WHERE state = ? AND created < ? ORDER BY created LIMIT ?", string(p.state), now.Add(-p.keep).UnixMilli(), purgeBatch)
+		rows, err := o.db.QueryContext(o.ctx, "SELECT id, spool FROM items WHERE state = ? AND id < ? AND created < ? ORDER BY id LIMIT ?", string(p.state), string(firstID(now.Add(-p.keep))), now.Add(-p.keep).UnixMilli(), purgeBatch)
 		if err != nil {
 			return
 		}

@@ -35,3 +35,10 @@ func newID(now time.Time) ID {
 	}
 	return ID(idEncoding.EncodeToString(b[:]))
 }
+
+// firstID is the least id that newID may make at a time.
+func firstID(at time.Time) ID {
+	var b [16]byte
+	binary.BigEndian.PutUint64(b[:8], uint64(at.UnixMilli())<<16)
+	return ID(idEncoding.EncodeToString(b[:]))
+}

@@ -39,7 +39,7 @@ CREATE TABLE items (
 	request_id TEXT NOT NULL DEFAULT ''    -- the cloud's id of the request that took it
 );
 CREATE INDEX items_due ON items (account, state, next_at);
-CREATE INDEX items_state ON items (state, created);
+CREATE INDEX items_state ON items (state, id);
 CREATE INDEX items_created ON items (created);
 CREATE INDEX items_phase ON items (phase) WHERE phase <> '';
 CREATE TABLE recipients (
