@@ -109,10 +109,10 @@ func (c *chain) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	if tok, err = c.o.Tokens.Token(req.Context()); err != nil {
 		drop(body)
-		drop(resp.Body)
+		finish(resp.Body)
 		return nil, err
 	}
-	drop(resp.Body)
+	finish(resp.Body)
 	resp, err = c.send(authorised(req, tok, body))
 	if err == nil && resp.StatusCode == http.StatusUnauthorized {
 		c.o.Tokens.Reject(tok)
@@ -120,11 +120,17 @@ func (c *chain) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
+// drop closes a request's body unread: what was read of it counts as sent.
 func drop(body io.ReadCloser) {
 	if body != nil {
-		_, _ = io.CopyN(io.Discard, body, 4<<10) // so that the connection can serve again
 		_ = body.Close()
 	}
+}
+
+// finish ends an answer that is not wanted, so that its connection can serve again.
+func finish(body io.ReadCloser) {
+	_, _ = io.CopyN(io.Discard, body, 4<<10)
+	_ = body.Close()
 }
 
 func authorised(req *http.Request, t providers.Token, body io.ReadCloser) *http.Request {

@@ -349,13 +349,11 @@ func retryAfter(h http.Header, now time.Time) (time.Duration, bool) {
 // left: then a write may have been done.
 func classifyTransport(o op, err error, sent bool) *mailerr.Error {
 	if e, ok := errors.AsType[*mailerr.Error](err); ok {
-		// The client below has classified already, say for want of a token.
+		// The client below has no token. If a request went out before, it was refused for its token, so that
+		// nothing was done.
 		c := *e
 		if c.Op == "" {
 			c.Op = o.name
-		}
-		if sent && o.write && (c.Class == mailerr.Temporary || c.Class == mailerr.Unknown) {
-			c.Unsure = true
 		}
 		return &c
 	}

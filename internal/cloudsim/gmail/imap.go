@@ -35,19 +35,43 @@ func (i *imapState) close() error {
 	return err
 }
 
+// folders are Gmail's, with their roles (RFC 6154).
+var folders = []struct {
+	name string
+	attr imap.MailboxAttr
+}{
+	{"INBOX", ""}, {"[Gmail]", imap.MailboxAttrNoSelect}, {"[Gmail]/All Mail", imap.MailboxAttrAll}, {"[Gmail]/Drafts", imap.MailboxAttrDrafts},
+	{sentMail, imap.MailboxAttrSent}, {"[Gmail]/Spam", imap.MailboxAttrJunk}, {"[Gmail]/Trash", imap.MailboxAttrTrash},
+}
+
 func newUser(addr string) *imapmemserver.User {
 	u := imapmemserver.NewUser(addr, "")
-	for name, attr := range map[string]imap.MailboxAttr{"INBOX": "", "[Gmail]": "", "[Gmail]/All Mail": imap.MailboxAttrAll, "[Gmail]/Drafts": imap.MailboxAttrDrafts,
-		sentMail: imap.MailboxAttrSent, "[Gmail]/Spam": imap.MailboxAttrJunk, "[Gmail]/Trash": imap.MailboxAttrTrash} {
-		var o *imap.CreateOptions
-		if attr != "" {
-			o = &imap.CreateOptions{SpecialUse: []imap.MailboxAttr{attr}}
-		}
-		if err := u.Create(name, o); err != nil {
+	for _, f := range folders {
+		if err := u.Create(f.name, nil); err != nil {
 			panic(err) // the names are all different
 		}
 	}
 	return u
+}
+
+// List shows the folders with their roles, as Gmail does unasked.
+func (i *imapSession) List(w *imapserver.ListWriter, ref string, patterns []string, _ *imap.ListOptions) error {
+	for _, f := range folders {
+		for _, p := range patterns {
+			if !imapserver.MatchList(f.name, '/', ref, p) {
+				continue
+			}
+			d := &imap.ListData{Mailbox: f.name, Delim: '/'}
+			if f.attr != "" {
+				d.Attrs = []imap.MailboxAttr{f.attr}
+			}
+			if err := w.WriteList(d); err != nil {
+				return err
+			}
+			break
+		}
+	}
+	return nil
 }
 
 // literal is a message as APPEND has it.

@@ -132,6 +132,9 @@ func (s *Server) Count(addr, folder string) int {
 	return n
 }
 
+// Settle waits until what was sent has been delivered and has moved to Sent Items.
+func (s *Server) Settle() { s.timers.Wait() }
+
 // Close waits for messages that are on their way from Drafts to Sent Items.
 func (s *Server) Close() {
 	s.mu.Lock()
