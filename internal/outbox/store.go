@@ -261,15 +261,6 @@ func (t tx) exec(q string, args ...any) (int64, error) {
 	return res.RowsAffected()
 }
 
-// row asks for one row.
-func (t tx) row(q string, args []any, dest ...any) error {
-	s, err := t.stmt(q)
-	if err != nil {
-		return err
-	}
-	return s.QueryRowContext(t.ctx, args...).Scan(dest...)
-}
-
 func (t tx) stmt(q string) (*sql.Stmt, error) {
 	t.w.mu.Lock()
 	defer t.w.mu.Unlock()

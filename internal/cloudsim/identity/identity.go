@@ -196,7 +196,11 @@ func (s *Server) entra(w http.ResponseWriter, r *http.Request) {
 			if code == "" {
 				code = "temporarily_unavailable"
 			}
-			return s.entraError(status, code, 90033, text)
+			number := map[string]int{"invalid_client": 7000222, "invalid_grant": 70008, "interaction_required": 50076, "unauthorized_client": 700016}[code]
+			if number == 0 {
+				number = 90033
+			}
+			return s.entraError(status, code, number, text)
 		},
 		Act: func(body []byte) world.Reply {
 			form, err := url.ParseQuery(string(body))
