@@ -320,67 +320,65 @@ func digest(s Submission) [32]byte {
 // remember notes a submission, or finds the one that it repeats: identical bytes and envelope, taken within the
 // hour, whose answer the client may not have read. That one's answer is given once.
 func (o *Outbox) remember(ctx context.Context, it *item) (*recent, Result, error) {
-	o.mu.Lock()
-	first := o.recent[it.digest]
-	repeats := first != nil && !first.repeated && !first.live && it.created.Sub(first.created).Abs() < window
-	if repeats && first.read && !first.doubt {
-		// What the client knows to be taken it sends anew, unless we do not know ourselves whether it was sent.
-		id := first.id
-		o.mu.Unlock()
-		state, err := o.state(ctx, id)
+	for {
 		o.mu.Lock()
-		repeats = err == nil && state == Unsure && o.recent[it.digest] == first && !first.repeated
-	}
-	if !repeats {
-		if len(o.recentID) >= maxRecent {
-			o.prune(it.created)
+		first := o.recent[it.digest]
+		if first == nil || first.repeated || first.live || it.created.Sub(first.created).Abs() >= window {
+			o.note(it)
+			o.mu.Unlock()
+			return nil, Result{}, nil
 		}
-		rec := &recent{id: it.id, digest: it.digest, created: it.created, live: true, done: make(chan struct{})}
-		o.recent[it.digest], o.recentID[it.id] = rec, rec
+		delivered := o.accounts[it.account].Delivered
 		o.mu.Unlock()
-		return nil, Result{}, nil
-	}
-	first.repeated = true
-	o.mu.Unlock()
-	// It may still be on its way: its answer is ours.
-	select {
-	case <-first.done:
-	case <-ctx.Done():
+		// It may still be on its way: its answer is ours.
+		select {
+		case <-first.done:
+		case <-ctx.Done():
+			return first, Result{}, ctx.Err()
+		}
+		state, err := o.state(ctx, first.id)
+		gone := errors.Is(err, sql.ErrNoRows) // refused with nothing kept, so this is no repetition of anything
+		if err != nil && !gone {
+			return first, Result{}, o.diskError(err)
+		}
 		o.mu.Lock()
-		first.repeated = false
+		switch {
+		case first.repeated: // another connection was quicker
+			o.mu.Unlock()
+			continue
+		case gone, first.read && !first.doubt && state != Unsure:
+			// What the client knows to be taken it sends anew, unless we do not know ourselves whether it was sent.
+			o.forget(first)
+			o.mu.Unlock()
+			continue
+		case delivered && state != Sent: // this answer settles nothing, so it may be given again
+			o.mu.Unlock()
+			return first, Result{}, &mailerr.Error{Class: mailerr.Temporary, Status: mailerr.Status{Subject: 4, Detail: 2}, Op: "outbox.submit", Text: "whether the message was sent is being found out"}
+		}
+		first.repeated = true
 		o.mu.Unlock()
-		return first, Result{}, ctx.Err()
+		if err := o.w.do(func(t tx) error {
+			_, err := t.exec("UPDATE items SET repeated = 1 WHERE id = ?", string(first.id))
+			return err
+		}); err != nil {
+			o.mu.Lock()
+			first.repeated = false
+			o.mu.Unlock()
+			return first, Result{}, o.diskError(err)
+		}
+		o.log.Info("resubmission of a message whose answer may not have been read: answered like the first", "item", string(first.id), "account", string(it.account), "repeat", string(it.id))
+		o.metrics.duplicates.Inc()
+		return first, Result{ID: first.id, State: Duplicate}, nil
 	}
-	state, err := o.state(ctx, first.id)
-	if errors.Is(err, sql.ErrNoRows) {
-		// It was refused and nothing was kept, so this is no repetition of anything.
-		o.mu.Lock()
-		rec := &recent{id: it.id, digest: it.digest, created: it.created, live: true, done: make(chan struct{})}
-		o.recent[it.digest], o.recentID[it.id] = rec, rec
-		o.mu.Unlock()
-		return nil, Result{}, nil
+}
+
+// note remembers a submission as one of its own; the caller holds the lock.
+func (o *Outbox) note(it *item) {
+	if len(o.recentID) >= maxRecent {
+		o.prune(it.created)
 	}
-	if err != nil {
-		return first, Result{}, o.diskError(err)
-	}
-	o.log.Info("resubmission of a message whose answer may not have been read: answered like the first", "item", string(first.id), "account", string(it.account), "repeat", string(it.id))
-	o.mu.Lock()
-	delivered := o.accounts[it.account].Delivered
-	o.mu.Unlock()
-	if delivered && state != Sent {
-		o.mu.Lock()
-		first.repeated = false // this answer settles nothing
-		o.mu.Unlock()
-		return first, Result{}, &mailerr.Error{Class: mailerr.Temporary, Status: mailerr.Status{Subject: 4, Detail: 2}, Op: "outbox.submit", Text: "whether the message was sent is being found out"}
-	}
-	if err := o.w.do(func(t tx) error {
-		_, err := t.exec("UPDATE items SET repeated = 1 WHERE id = ?", string(first.id))
-		return err
-	}); err != nil {
-		return first, Result{}, o.diskError(err)
-	}
-	o.metrics.duplicates.Inc()
-	return first, Result{ID: first.id, State: Duplicate}, nil
+	r := &recent{id: it.id, digest: it.digest, created: it.created, live: true, done: make(chan struct{})}
+	o.recent[it.digest], o.recentID[it.id] = r, r
 }
 
 // forget drops a remembered submission; the caller holds the lock.

@@ -62,12 +62,9 @@ func newWorld(t testing.TB, change func(*Account)) *world {
 	for _, id := range []mail.AccountID{"a", "b"} {
 		c := memory.New()
 		w.clouds[id] = c
-		a := Account{ID: id, Mailbox: string(id) + "@x.example", FirstAttempt: 10 * time.Second, Settle: 2 * time.Minute, GiveUp: 5 * 24 * time.Hour}
+		a := Account{ID: id, Mailbox: string(id) + "@x.example", Provider: c.Account(), FirstAttempt: 10 * time.Second, Settle: 2 * time.Minute, GiveUp: 5 * 24 * time.Hour}
 		if change != nil {
 			change(&a)
-		}
-		if a.Provider == nil {
-			a.Provider = c.Account()
 		}
 		w.opts.Accounts = append(w.opts.Accounts, a)
 	}
@@ -388,10 +385,7 @@ func TestThrottledAccountIsLeftAloneUntilItsTime(t *testing.T) {
 }
 
 func TestLongListsAreSplitAndPartialRefusalsComeBackAlone(t *testing.T) {
-	w := newWorld(t, nil)
-	for i := range w.opts.Accounts {
-		w.accounts[w.opts.Accounts[i].ID].Provider.Traits.MaxRecipients = 100
-	}
+	w := newWorld(t, func(a *Account) { a.Provider.Traits.MaxRecipients = 100 })
 	var to []string
 	for i := range 250 {
 		to = append(to, fmt.Sprintf("r%d@y.example", i))

@@ -68,8 +68,7 @@ func TestQueueDrainsWithoutWaitingForTheClock(t *testing.T) {
 }
 
 func TestRefusedPartOfALongListDoesNotCondemnTheRest(t *testing.T) {
-	w := newWorld(t, nil)
-	w.accounts["a"].Provider.Traits.MaxRecipients = 2
+	w := newWorld(t, func(a *Account) { a.Provider.Traits.MaxRecipients = 2 })
 	w.clouds["a"].Fail(memory.Commit, memory.Fault{Err: failure(mailerr.Permanent), Times: 1})
 	res, err := w.send("a", "r1@y.example", "r2@y.example", "r3@y.example")
 	if err != nil {
@@ -87,8 +86,7 @@ func TestRefusedPartOfALongListDoesNotCondemnTheRest(t *testing.T) {
 }
 
 func TestDeletingAMessageUnderWayCostsTheAccountNoSlot(t *testing.T) {
-	w := newWorld(t, func(a *Account) { a.FirstAttempt = time.Millisecond })
-	w.accounts["a"].Provider.Traits.Parallel = 1
+	w := newWorld(t, func(a *Account) { a.FirstAttempt, a.Provider.Traits.Parallel = time.Millisecond, 1 })
 	wait := make(chan struct{})
 	w.clouds["a"].Fail(memory.Commit, memory.Fault{Err: lost(), Times: 1})
 	w.clouds["a"].Fail(memory.Find, memory.Fault{Wait: wait, Times: 1})
@@ -174,10 +172,7 @@ func TestFailuresOfAttemptsUnderWayTogetherCountOnce(t *testing.T) {
 func BenchmarkSubmit(b *testing.B) {
 	for _, clients := range []int{1, 8, 64} {
 		b.Run(fmt.Sprint(clients), func(b *testing.B) {
-			w := newWorld(b, nil)
-			a := w.clouds["a"].Account()
-			a.Traits.OneStep, a.Traits.Parallel = true, 128
-			w.accounts["a"].Provider = a
+			w := newWorld(b, func(a *Account) { a.Provider.Traits.OneStep, a.Provider.Traits.Parallel = true, 128 })
 			body := bytes.Repeat([]byte("x"), 10_000)
 			b.ReportAllocs()
 			b.SetParallelism((clients + 1) / 2)
