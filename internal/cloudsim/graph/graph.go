@@ -212,23 +212,25 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	if c.box != nil {
 		who = c.box.addr
 	}
+	// From the request's arrival to its answer
+	// (https://learn.microsoft.com/graph/throttling-limits#outlook-service-limits).
+	key := c.claims.AppID + "\x00" + world.Fold(who)
+	s.mu.Lock()
+	s.running[key]++
+	if s.running[key] > s.Concurrent && refused == nil {
+		reply := c.fail(http.StatusTooManyRequests, "ApplicationThrottled", "Application is over its MailboxConcurrency limit.")
+		refused = &reply
+	}
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		s.running[key]--
+		s.mu.Unlock()
+	}()
 	s.w.Serve(w, r, world.Meet{Service: "graph", Mailbox: who, Route: c.route, ID: c.id, MaxBody: maxBody, Refuse: c.fail, Act: func(body []byte) world.Reply {
 		if refused != nil {
 			return *refused
 		}
-		key := c.claims.AppID + "\x00" + world.Fold(who)
-		s.mu.Lock()
-		if s.running[key] >= s.Concurrent {
-			s.mu.Unlock()
-			return c.fail(http.StatusTooManyRequests, "ApplicationThrottled", "Application is over its MailboxConcurrency limit.")
-		}
-		s.running[key]++
-		s.mu.Unlock()
-		defer func() {
-			s.mu.Lock()
-			s.running[key]--
-			s.mu.Unlock()
-		}()
 		return c.act(body)
 	}})
 }
