@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"syscall"
@@ -30,12 +31,15 @@ func main() {
 	// A first signal stops in order; a second one, no longer caught, ends the process at once.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop)
-	os.Exit(run(ctx, os.Args[1:]))
+	os.Exit(run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
 
-func run(ctx context.Context, args []string) int {
+func run(ctx context.Context, args []string, in io.Reader, out, errs io.Writer) int {
 	root := newRoot()
 	root.SetArgs(args)
+	root.SetIn(in)
+	root.SetOut(out)
+	root.SetErr(errs)
 	err := root.ExecuteContext(ctx)
 	if err == nil {
 		return 0
@@ -46,10 +50,10 @@ func run(ctx context.Context, args []string) int {
 		// The command has printed what is stuck.
 		return exitStuck
 	case errors.As(err, &usage):
-		fmt.Fprintf(os.Stderr, "mailbridge: %v\n", err)
+		fmt.Fprintf(errs, "mailbridge: %v\n", err)
 		return exitUsage
 	}
-	fmt.Fprintf(os.Stderr, "mailbridge: %v\n", err)
+	fmt.Fprintf(errs, "mailbridge: %v\n", err)
 	return exitFailed
 }
 

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"os"
 
 	"github.com/spf13/cobra"
 
@@ -19,7 +18,7 @@ func newServe(e *env) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return app.Serve(cmd.Context(), f, app.Options{Version: version, LogTo: os.Stderr})
+			return app.Serve(cmd.Context(), f, app.Options{Version: version, LogTo: cmd.ErrOrStderr()})
 		},
 	}
 }
@@ -31,7 +30,7 @@ func newDemo() *cobra.Command {
 		Short: "Run the bridge with simulated clouds and mailboxes; no account needed",
 		Args:  usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			o.Out, o.LogTo, o.Version = cmd.OutOrStdout(), os.Stderr, version
+			o.Out, o.LogTo, o.Version = cmd.OutOrStdout(), cmd.ErrOrStderr(), version
 			return app.Demo(cmd.Context(), o)
 		},
 	}
@@ -48,7 +47,7 @@ func newCloudsim() *cobra.Command {
 		Short: "Run the simulated clouds alone, for tests of your own",
 		Args:  usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			o.Out, o.LogTo = cmd.OutOrStdout(), os.Stderr
+			o.Out, o.LogTo = cmd.OutOrStdout(), cmd.ErrOrStderr()
 			return app.Cloudsim(cmd.Context(), o)
 		},
 	}

@@ -2,13 +2,17 @@ package app
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"mailbridge/auth"
+	"mailbridge/internal/cert"
 	"mailbridge/internal/config"
 	"mailbridge/internal/mail"
 	"mailbridge/internal/outbox"
@@ -21,6 +25,35 @@ type NewPassword struct {
 	Label   string
 	Short   bool        // 16 characters
 	Given   secret.Text // empty: make one
+}
+
+// Check tells what a configuration that reads well still lacks: secrets that references lead to, keys and their
+// aliases, certificates. It makes nothing, asks no cloud, and reports all that it finds.
+func Check(ctx context.Context, f *config.File) error {
+	sec := config.Secrets{Vault: func(name string) (secret.Text, error) {
+		return secret.Text{}, fmt.Errorf("the vault holds no secret %q: run mailbridge secret set %s", name, name)
+	}}
+	if _, err := os.Stat(filepath.Join(f.Absolute(), "vault.db")); err == nil {
+		v, err := openVault(ctx, f)
+		if err != nil {
+			return err
+		}
+		defer v.Close()
+		sec = secrets(ctx, v)
+	}
+	a := &App{cfg: f, now: time.Now}
+	var errs []error
+	for _, name := range slices.Sorted(maps.Keys(f.Profiles)) {
+		if _, err := a.profile(name, f.Profiles[name], sec); err != nil {
+			errs = append(errs, fmt.Errorf("profiles.%s: %w", name, err))
+		}
+	}
+	if f.TLS.Certificate != "" {
+		if _, err := cert.Load(f.TLS.Certificate, f.TLS.Key, a.now); err != nil {
+			errs = append(errs, fmt.Errorf("tls: %w", err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func openPasswords(ctx context.Context, f *config.File) (*auth.Passwords, error) {
