@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math"
 	"net/http"
 	"regexp"
 	"strconv"
@@ -24,6 +23,9 @@ type refused struct {
 	TraceID     string `json:"trace_id"`
 }
 
+// maxWait is the longest wait that a token endpoint is granted.
+const maxWait = time.Hour
+
 // tellSkew is the difference of clocks from which it is told.
 const tellSkew = time.Minute
 
@@ -34,13 +36,13 @@ func (c *Client) refusal(resp *http.Response, body []byte) error {
 	known := json.Unmarshal(body, &r) == nil && r.Error != ""
 	number := r.number()
 	detail := fmt.Errorf("HTTP %d %s: %s", resp.StatusCode, r.Error, clip(secret.Scrub(r.Description)))
-	retry, asked := retryAfter(resp.Header.Get("Retry-After"), c.now())
+	wait, asked := mailerr.RetryAfter(resp.Header, c.now())
 	fail := func(class mailerr.Class, text string) *mailerr.Error {
 		e := c.fail(class, mailerr.Status{Subject: 7}, text, detail)
 		if class == mailerr.Temporary || class == mailerr.Throttled {
 			e.Status = mailerr.Status{Subject: 4, Detail: 5}
 			if asked {
-				e.Class, e.RetryAt = mailerr.Throttled, retry
+				e.Class, e.RetryAt = mailerr.Throttled, c.now().Add(min(wait, maxWait))
 			}
 		}
 		return e
@@ -259,20 +261,6 @@ func clip(s string) string {
 		s = s[:400] + "..."
 	}
 	return s
-}
-
-// maxRetryAfter is the longest wait that is believed.
-const maxRetryAfter = time.Hour
-
-// retryAfter reads Retry-After: seconds, also with a fraction, or a date (RFC 9110 §10.2.3).
-func retryAfter(v string, now time.Time) (time.Time, bool) {
-	if f, err := strconv.ParseFloat(strings.TrimSpace(v), 64); err == nil && f >= 0 {
-		return now.Add(min(time.Duration(math.Ceil(min(f, maxRetryAfter.Seconds())))*time.Second, maxRetryAfter)), true
-	}
-	if at, err := http.ParseTime(v); err == nil {
-		return now.Add(min(max(at.Sub(now), 0), maxRetryAfter)), true
-	}
-	return time.Time{}, false
 }
 
 var errLoop = errors.New("the cloud refuses tokens that it has just issued")

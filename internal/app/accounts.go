@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"mailbridge/auth"
@@ -19,6 +20,7 @@ import (
 	"mailbridge/internal/config"
 	"mailbridge/internal/mail"
 	"mailbridge/internal/outbox"
+	"mailbridge/internal/pace"
 	"mailbridge/internal/secret"
 	"mailbridge/providers"
 	"mailbridge/providers/gmail"
@@ -43,6 +45,7 @@ type account struct {
 	tokens   *oauth.Source
 	provider *providers.Account
 	maxSize  int64
+	pace     *pace.Scheduler
 }
 
 // secrets resolves references, with the vault behind vault:NAME.
@@ -142,26 +145,27 @@ func (a *App) key(store, alias string, sec config.Secrets) (*keystore.Entry, err
 
 // openAccounts opens every account at its provider. That asks no cloud anything.
 func (a *App) openAccounts() error {
-	slots := map[string]*cloudhttp.Slots{}
+	limits, paces := map[string]pace.Limits{}, map[string]*pace.Scheduler{}
+	for _, c := range a.cfg.Accounts {
+		key := a.paceKey(c)
+		limits[key] = strictest(limits[key], c.Pace)
+	}
+	for key, l := range limits {
+		if strings.HasPrefix(key, "graph") {
+			l = withDefaults(l, pace.Graph())
+		}
+		paces[key] = pace.New(l, a.now)
+	}
 	for _, name := range slices.Sorted(maps.Keys(a.cfg.Accounts)) {
 		c := a.cfg.Accounts[name]
 		p := a.profilesByName[c.Profile]
-		acct := &account{id: mail.AccountID(name), cfg: c, profile: p, tokens: a.tokens.Source(p.client, c.Mailbox)}
+		acct := &account{id: mail.AccountID(name), cfg: c, profile: p, tokens: a.tokens.Source(p.client, c.Mailbox), pace: paces[a.paceKey(c)]}
 		pc := providers.Config{ID: acct.id, Mailbox: c.Mailbox, Mismatch: providers.Mismatch(c.Mismatch), Log: a.log, NoDrafts: c.Route == "sendmail"}
 		var err error
 		switch p.cfg.Provider {
 		case "graph":
-			// Accounts on one mailbox under one application share its limit.
-			key := p.cfg.ClientID + "\x00" + c.Mailbox
-			if slots[key] == nil {
-				n := c.Pace.Concurrent
-				if n == 0 {
-					n = 4
-				}
-				slots[key] = cloudhttp.NewSlots(n)
-			}
 			pc.Base = p.base
-			pc.HTTP, pc.Uploads, err = cloudhttp.New(cloudhttp.Options{Transport: p.transport, Tokens: acct.tokens, Base: p.base, Provider: "graph", Version: a.version, Slots: slots[key], Log: a.log, Metrics: a.httpMetrics})
+			pc.HTTP, pc.Uploads, err = cloudhttp.New(cloudhttp.Options{Transport: p.transport, Tokens: acct.tokens, Base: p.base, Provider: "graph", Version: a.version, Pace: acct.pace, Log: a.log, Metrics: a.httpMetrics})
 			if err == nil {
 				acct.provider, err = graph.Open(pc)
 			}
@@ -184,12 +188,55 @@ func (a *App) openAccounts() error {
 	return nil
 }
 
+// paceKey names what limits hold for: a mailbox of a cloud, under one application.
+func (a *App) paceKey(c config.Account) string {
+	p := a.cfg.Profiles[c.Profile]
+	app := p.ClientID
+	if p.JWT != nil {
+		app = p.JWT.Keystore + "/" + p.JWT.Issuer
+	}
+	return strings.ToLower(strings.Join([]string{p.Provider, p.Cloud, p.Endpoint, p.TenantID, app, c.Mailbox}, "\x00"))
+}
+
+// strictest puts an account's limits, or the provider's, to those of the accounts that share its mailbox.
+func strictest(l pace.Limits, c config.Pace) pace.Limits {
+	return pace.Limits{
+		Concurrent:        stricter(l.Concurrent, c.Concurrent),
+		RequestsPer10Min:  stricter(l.RequestsPer10Min, c.RequestsPer10Min),
+		UploadPer5Min:     stricter(l.UploadPer5Min, int64(c.UploadPer5Min)),
+		MessagesPerMinute: stricter(l.MessagesPerMinute, c.MessagesPerMinute),
+		MessagesPerDay:    stricter(l.MessagesPerDay, c.MessagesPerDay),
+	}
+}
+
+// withDefaults puts the provider's limits where none are set.
+func withDefaults(l, d pace.Limits) pace.Limits {
+	if l.Concurrent == 0 {
+		l.Concurrent = d.Concurrent
+	}
+	if l.RequestsPer10Min == 0 {
+		l.RequestsPer10Min = d.RequestsPer10Min
+	}
+	if l.UploadPer5Min == 0 {
+		l.UploadPer5Min = d.UploadPer5Min
+	}
+	return l
+}
+
+// stricter is the smaller of two limits; 0 is none.
+func stricter[T int | int64](a, b T) T {
+	if a == 0 || b != 0 && b < a {
+		return b
+	}
+	return a
+}
+
 // outboxAccounts is the accounts as the outbox sees them.
 func (a *App) outboxAccounts() []outbox.Account {
 	var list []outbox.Account
 	for _, id := range slices.Sorted(maps.Keys(a.accounts)) {
 		c := a.accounts[id]
-		list = append(list, outbox.Account{ID: id, Mailbox: c.cfg.Mailbox, Provider: c.provider, FirstAttempt: time.Duration(c.cfg.FirstAttempt), Delivered: c.cfg.Accept == "delivered",
+		list = append(list, outbox.Account{ID: id, Mailbox: c.cfg.Mailbox, Provider: c.provider, Pace: c.pace, FirstAttempt: time.Duration(c.cfg.FirstAttempt), Delivered: c.cfg.Accept == "delivered",
 			Resend: c.cfg.Unsure == "resend", Settle: time.Duration(c.cfg.Settle), GiveUp: time.Duration(c.cfg.GiveUp)})
 	}
 	return list

@@ -3,7 +3,6 @@
 package cloudhttp
 
 import (
-	"context"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
@@ -19,6 +18,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"mailbridge/internal/mailerr"
+	"mailbridge/internal/pace"
 	"mailbridge/providers"
 )
 
@@ -46,10 +47,10 @@ func NewTransport(roots *x509.CertPool, proxy bool) *http.Transport {
 type Options struct {
 	Transport http.RoundTripper
 	Tokens    providers.Tokens
-	Base      string // the API; tokens go to no other host
-	Provider  string // "graph"
-	Version   string // of the bridge, for User-Agent
-	Slots     *Slots // shared by all who use the mailbox under the same application
+	Base      string          // the API; tokens go to no other host
+	Provider  string          // "graph"
+	Version   string          // of the bridge, for User-Agent
+	Pace      *pace.Scheduler // shared by all who use the mailbox under the same application
 	Log       *slog.Logger
 	Metrics   *Metrics
 }
@@ -143,9 +144,12 @@ func authorised(req *http.Request, t providers.Token, body io.ReadCloser) *http.
 // send paces, names, measures and traces one request.
 func (c *chain) send(req *http.Request) (*http.Response, error) {
 	ctx := req.Context()
-	release, err := c.o.Slots.Acquire(ctx)
+	release, err := c.o.Pace.Request(ctx, req.ContentLength)
 	if err != nil {
 		drop(req.Body)
+		if w, ok := errors.AsType[*pace.Wait](err); ok {
+			err = &mailerr.Error{Class: mailerr.Throttled, Status: mailerr.Status{Subject: 7}, RetryAt: w.At, Text: w.Reason}
+		}
 		return nil, err
 	}
 	id := requestID()
@@ -177,6 +181,11 @@ func (c *chain) send(req *http.Request) (*http.Response, error) {
 		release()
 		return nil, err
 	}
+	// Not on 429 and 503 alone: Graph sends it with 202 too
+	// (https://learn.microsoft.com/graph/throttling).
+	if d, ok := mailerr.RetryAfter(resp.Header, time.Now()); ok {
+		c.o.Pace.NotBefore(time.Now().Add(d))
+	}
 	resp.Body = &releasing{ReadCloser: resp.Body, release: release}
 	return resp, nil
 }
@@ -201,23 +210,6 @@ func requestID() string {
 	}
 	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
-}
-
-// Slots bounds the requests at once to one mailbox under one application; Graph takes four
-// (https://learn.microsoft.com/graph/throttling-limits). Who waits is served in order.
-type Slots struct{ c chan struct{} }
-
-// NewSlots makes n slots.
-func NewSlots(n int) *Slots { return &Slots{make(chan struct{}, max(n, 1))} }
-
-// Acquire waits for a slot; release gives it back.
-func (s *Slots) Acquire(ctx context.Context) (release func(), err error) {
-	select {
-	case s.c <- struct{}{}:
-		return func() { <-s.c }, nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
 }
 
 // Metrics of requests to clouds.

@@ -16,6 +16,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"mailbridge/internal/mailerr"
+	"mailbridge/internal/pace"
 	"mailbridge/internal/secret"
 	"mailbridge/providers"
 )
@@ -49,7 +51,7 @@ func setup(t *testing.T, h http.HandlerFunc, slots int) (api, uploads *http.Clie
 	t.Cleanup(srv.Close)
 	toks, log = &tokens{}, &bytes.Buffer{}
 	api, uploads, err := New(Options{Transport: http.DefaultTransport, Tokens: toks, Base: srv.URL + "/v1.0", Provider: "graph", Version: "1",
-		Slots: NewSlots(slots), Log: slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})), Metrics: NewMetrics(prometheus.NewRegistry())})
+		Pace: pace.New(pace.Limits{Concurrent: slots}, time.Now), Log: slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})), Metrics: NewMetrics(prometheus.NewRegistry())})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -172,5 +174,29 @@ func TestMailboxIsAskedNoMoreAtOnceThanItTakes(t *testing.T) {
 	wg.Wait()
 	if most.Load() > 2 {
 		t.Errorf("%d at once", most.Load())
+	}
+}
+
+func TestNothingIsAskedBeforeTheTimeThatTheCloudNames(t *testing.T) {
+	for _, status := range []int{202, 429, 503} {
+		var calls atomic.Int32
+		api, uploads, _, base, _ := setup(t, func(w http.ResponseWriter, _ *http.Request) {
+			calls.Add(1)
+			w.Header().Set("Retry-After", "59.5")
+			w.WriteHeader(status)
+		}, 4)
+		if code, _ := post(t, api, base+"/v1.0/x", "hello"); code != status {
+			t.Fatal(code)
+		}
+		for _, c := range []*http.Client{api, uploads} {
+			_, err := c.Get(base + "/v1.0/x")
+			e, ok := errors.AsType[*mailerr.Error](err)
+			if !ok || e.Class != mailerr.Throttled || e.Unsure || time.Until(e.RetryAt) > time.Minute || time.Until(e.RetryAt) < 50*time.Second {
+				t.Errorf("%d: %v", status, err)
+			}
+		}
+		if calls.Load() != 1 {
+			t.Errorf("%d: %d requests", status, calls.Load())
+		}
 	}
 }

@@ -383,7 +383,7 @@ func (c *checker) account(key string, a Account) Account {
 		c.bad(key+".give_up", "under a minute there would be no second attempt")
 	}
 	for field, n := range map[string]int{"concurrent": a.Pace.Concurrent, "requests_per_10m": a.Pace.RequestsPer10Min,
-		"messages_per_minute": a.Pace.MessagesPerMinute, "messages_per_day": a.Pace.MessagesPerDay} {
+		"upload_per_5m": int(a.Pace.UploadPer5Min), "messages_per_minute": a.Pace.MessagesPerMinute, "messages_per_day": a.Pace.MessagesPerDay} {
 		if n < 0 {
 			c.bad(key+".pace."+field, "a limit is a positive number, or 0 for the provider's own")
 		}

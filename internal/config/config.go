@@ -141,10 +141,11 @@ type Account struct {
 // Pace bounds what an account asks of its cloud. Zero is the provider's default; accounts on one mailbox
 // share the strictest.
 type Pace struct {
-	Concurrent        int `toml:"concurrent"`
-	RequestsPer10Min  int `toml:"requests_per_10m"`
-	MessagesPerMinute int `toml:"messages_per_minute"`
-	MessagesPerDay    int `toml:"messages_per_day"`
+	Concurrent        int  `toml:"concurrent"`
+	RequestsPer10Min  int  `toml:"requests_per_10m"`
+	UploadPer5Min     Size `toml:"upload_per_5m"`
+	MessagesPerMinute int  `toml:"messages_per_minute"`
+	MessagesPerDay    int  `toml:"messages_per_day"`
 }
 
 // Duration is written as "90s", "2m", "120h" or "5d".

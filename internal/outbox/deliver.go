@@ -41,6 +41,7 @@ type item struct {
 	content *content // of a new item; else read when needed
 	waiter  *waiter
 	kept    bool // the client's 250 stands for this item
+	posted  bool // the attempt counts as a message of the mailbox: it was sent, or may have been
 }
 
 // States of a recipient.
@@ -73,6 +74,9 @@ const (
 	// firstPark and longestPark bound the probes of a parked account.
 	firstPark   = time.Minute
 	longestPark = 30 * time.Minute
+	// firstBackOff and longestBackOff bound the wait of a throttled account where the cloud names no time.
+	firstBackOff   = 2 * time.Second
+	longestBackOff = 5 * time.Minute
 	// quotaPark is how long a used-up allowance waits where the provider names no time.
 	quotaPark = time.Hour
 )
@@ -81,7 +85,7 @@ const (
 func (o *Outbox) acquire(a *account, id ID, now time.Time) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.stopping || o.busy[id] || a.inFlight >= a.slots(now) || now.Before(a.notBefore) {
+	if o.stopping || o.busy[id] || a.inFlight >= a.slots(now) || !a.Pace.Begin() {
 		return false
 	}
 	a.inFlight++
@@ -102,11 +106,12 @@ func (a *account) slots(now time.Time) int {
 	return max(1, a.Provider.Traits.Parallel)
 }
 
-// release gives the slot back and looks for the account's next item.
-func (o *Outbox) release(a *account, id ID) {
+// release gives the item's slot back and looks for the account's next item.
+func (o *Outbox) release(a *account, it *item) {
+	a.Pace.End(it.posted)
 	o.mu.Lock()
 	a.inFlight--
-	delete(o.busy, id)
+	delete(o.busy, it.id)
 	a.due = time.Time{}
 	o.mu.Unlock()
 	o.Kick()
@@ -155,7 +160,7 @@ func (it *item) outgoing(c mail.Content) *mail.Outgoing {
 
 // attempt makes one attempt that is recorded already, and records its outcome.
 func (o *Outbox) attempt(ctx context.Context, a *account, it *item) {
-	defer o.release(a, it.id)
+	defer o.release(a, it)
 	defer func() {
 		// Whatever is still open then, the client need not wait for.
 		if it.waiter.claim() {
@@ -210,6 +215,7 @@ func (o *Outbox) attempt(ctx context.Context, a *account, it *item) {
 		}
 	}
 	receipt, err := sender.Commit(ctx, out, it.handle)
+	it.posted = err == nil || mailerr.Of(err).Unsure
 	if err != nil {
 		o.failed(a, it, err)
 		return
@@ -310,6 +316,9 @@ func (o *Outbox) succeeded(a *account, it *item, r mail.Receipt) {
 	}
 	it.phase, it.handle, it.stray, it.lookups, it.requestID = "", "", false, 0, r.RequestID
 	o.unpark(a)
+	o.mu.Lock()
+	a.throttles = 0
+	o.mu.Unlock()
 	o.metrics.attempts.WithLabelValues("ok").Inc()
 	o.log.Info("message sent", "item", string(it.id), "account", string(it.account), "attempt", it.attempts, "request_id", r.RequestID, "bytes", it.size, "refused", len(r.Refused), "took", now.Sub(it.created).Round(time.Millisecond))
 	switch {
@@ -360,11 +369,7 @@ func (o *Outbox) failed(a *account, it *item, err error) {
 	case mailerr.Auth, mailerr.Quota:
 		o.parkAccount(a, e, now)
 	case mailerr.Throttled:
-		o.mu.Lock()
-		if e.RetryAt.After(a.notBefore) {
-			a.notBefore = e.RetryAt
-		}
-		o.mu.Unlock()
+		o.throttled(a, e, now)
 	}
 	if e.Unsure {
 		it.state, it.nextAt = Unsure, now.Add(max(a.Settle, time.Second)<<min(it.lookups, 6))
@@ -433,6 +438,23 @@ func (o *Outbox) failed(a *account, it *item, err error) {
 		return
 	}
 	o.record(a, it)
+}
+
+// throttled lets the mailbox wait: until the time that the cloud names, else for longer and longer
+// (https://learn.microsoft.com/graph/throttling#best-practices-to-handle-throttling).
+func (o *Outbox) throttled(a *account, e *mailerr.Error, now time.Time) {
+	if e.RetryAt.After(now) {
+		a.Pace.NotBefore(e.RetryAt)
+		return
+	}
+	if a.Pace.Until().After(now) {
+		return // attempts that were under way together are throttled together
+	}
+	o.mu.Lock()
+	d := min(firstBackOff<<min(a.throttles, 10), longestBackOff)
+	a.throttles++
+	o.mu.Unlock()
+	a.Pace.NotBefore(now.Add(d + rand.N(d/4)))
 }
 
 // answer is a failure as a client may hear it that should try again.

@@ -33,6 +33,7 @@ import (
 	"mailbridge/internal/db"
 	"mailbridge/internal/mail"
 	"mailbridge/internal/mailerr"
+	"mailbridge/internal/pace"
 	"mailbridge/providers"
 )
 
@@ -41,6 +42,7 @@ type Account struct {
 	ID       mail.AccountID
 	Mailbox  string
 	Provider *providers.Account
+	Pace     *pace.Scheduler // shared by all who use the mailbox; nil: no bounds
 
 	FirstAttempt time.Duration // how long Submit waits for the first attempt; 0: not at all
 	Delivered    bool          // accept = "delivered": take a message only once the cloud has it
@@ -130,7 +132,7 @@ type account struct {
 	Account
 	inFlight  int
 	due       time.Time // when something is due at the earliest; zero: unknown, look
-	notBefore time.Time // throttled
+	throttles int       // in a row, without a time named by the cloud
 	park      *park
 }
 
@@ -173,6 +175,9 @@ func Open(ctx context.Context, o Options) (*Outbox, error) {
 		b.hostname = "localhost"
 	}
 	for _, a := range o.Accounts {
+		if a.Pace == nil {
+			a.Pace = pace.New(pace.Limits{}, b.now)
+		}
 		b.accounts[a.ID] = &account{Account: a}
 	}
 	if b.w, err = newWriter(ctx, d); err != nil {
@@ -196,6 +201,9 @@ func (o *Outbox) Start(ctx context.Context) error {
 		return err
 	}
 	if err := o.loadParks(ctx); err != nil {
+		return err
+	}
+	if err := o.seedPace(ctx); err != nil {
 		return err
 	}
 	o.wg.Go(o.run)
@@ -464,7 +472,7 @@ func (o *Outbox) take(ctx context.Context, a *account, it *item) (Result, error)
 	}
 	if err := o.w.do(insert(it, phase)); err != nil {
 		if slot {
-			o.release(a, it.id)
+			o.release(a, it)
 		}
 		o.dropFile(it)
 		return Result{}, o.diskError(err)

@@ -112,7 +112,7 @@ func (o *Outbox) serve(a *account, now time.Time) (time.Time, error) {
 	o.mu.Lock()
 	slots := min(a.slots(now)-a.inFlight, maxStart)
 	busy := a.inFlight
-	blocked := a.notBefore
+	blocked := a.Pace.Until()
 	if a.park != nil && a.park.until.After(blocked) && a.park.until.Sub(now) <= 24*time.Hour {
 		blocked = a.park.until
 	}
@@ -194,13 +194,14 @@ func (o *Outbox) again(a *account, id ID) {
 		if err != nil && o.ctx.Err() == nil {
 			o.log.Error("a queued message cannot be read", "item", string(id), "err", err)
 		}
-		o.release(a, id)
+		o.release(a, &item{id: id})
 		return
 	}
 	ctx, cancel := context.WithTimeout(o.ctx, attemptTimeout)
 	defer cancel()
 	if it.state == Bouncing {
-		defer o.release(a, id)
+		it.posted = true // the report is a message too
+		defer o.release(a, it)
 		o.bounce(ctx, a, it)
 		return
 	}
@@ -211,7 +212,7 @@ func (o *Outbox) again(a *account, id ID) {
 			if !errors.Is(err, errGone) {
 				o.log.Error("an attempt cannot be recorded, so it is not made", "item", string(id), "err", err)
 			}
-			o.release(a, id)
+			o.release(a, it)
 			return
 		}
 	}
@@ -345,6 +346,33 @@ func (o *Outbox) loadParks(ctx context.Context) error {
 	return rows.Err()
 }
 
+// seedPace counts what was sent in the last day, for limits on messages per time.
+func (o *Outbox) seedPace(ctx context.Context) error {
+	limited := false
+	for _, a := range o.accounts {
+		limited = limited || a.Pace.CountsMessages()
+	}
+	if !limited {
+		return nil
+	}
+	rows, err := o.db.QueryContext(ctx, "SELECT account, finished FROM items WHERE state = 'sent' AND finished > ? ORDER BY finished", o.now().Add(-24*time.Hour).UnixMilli())
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var id mail.AccountID
+		var finished int64
+		if err := rows.Scan(&id, &finished); err != nil {
+			return err
+		}
+		if a := o.accounts[id]; a != nil {
+			a.Pace.Seed(fromMillis(finished))
+		}
+	}
+	return rows.Err()
+}
+
 // Resume lets a parked account try at once: somebody signed in, or an administrator acted.
 func (o *Outbox) Resume(id mail.AccountID) {
 	now := o.now()
@@ -354,7 +382,7 @@ func (o *Outbox) Resume(id mail.AccountID) {
 		if a.park != nil {
 			a.park.until = now
 		}
-		a.notBefore = time.Time{}
+		a.Pace.Clear()
 	}
 	o.mu.Unlock()
 	if a == nil {
@@ -376,8 +404,8 @@ func (o *Outbox) clockSetBack(now time.Time) {
 	o.mu.Lock()
 	for _, a := range o.accounts {
 		a.due = time.Time{}
-		if a.notBefore.Sub(now) > longest {
-			a.notBefore = now
+		if a.Pace.Until().Sub(now) > longest {
+			a.Pace.Clear()
 		}
 		if a.park != nil && a.park.until.Sub(now) > longestPark && a.park.class == mailerr.Auth {
 			a.park.until = now

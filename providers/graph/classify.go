@@ -8,10 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net"
 	"net/http"
-	"strconv"
 	"strings"
 	"time"
 
@@ -55,9 +53,6 @@ const maxErrorBody = 64 << 10
 
 // maxDetail is how much of a cloud's own text goes to the log, in bytes.
 const maxDetail = 400
-
-// maxRetryAfter is the longest wait that is believed.
-const maxRetryAfter = 24 * time.Hour
 
 // quotaWait is how long a used-up allowance waits where the cloud names no time. Exchange counts
 // recipients over a rolling day, so trying by the hour is often enough.
@@ -158,7 +153,7 @@ func classify(o op, r refusal, now time.Time) *mailerr.Error {
 	if v.is != nil {
 		e.Err = fmt.Errorf("%w: %w", v.is, e.Err)
 	}
-	wait, asked := retryAfter(r.header, now)
+	wait, asked := mailerr.RetryAfter(r.header, now)
 	switch {
 	case e.Class == mailerr.Temporary && asked:
 		e.Class, e.RetryAt = mailerr.Throttled, now.Add(wait)
@@ -317,32 +312,6 @@ func byStatus(o op, r refusal) verdict {
 		return verdict{class: mailerr.Permanent, status: st(6, 0), text: "Microsoft 365 refuses the message"}
 	}
 	return ourBug()
-}
-
-// retryAfter reads Retry-After: seconds, also with a fraction, or a date (RFC 9110 §10.2.3), which is
-// taken against the answer's own Date so that clocks need not agree.
-func retryAfter(h http.Header, now time.Time) (time.Duration, bool) {
-	v := strings.TrimSpace(h.Get("Retry-After"))
-	if v == "" {
-		return 0, false
-	}
-	if f, err := strconv.ParseFloat(v, 64); err == nil {
-		if math.IsNaN(f) || f < 0 {
-			return 0, false
-		}
-		if f >= maxRetryAfter.Seconds() {
-			return maxRetryAfter, true
-		}
-		return time.Duration(math.Ceil(f)) * time.Second, true
-	}
-	at, err := http.ParseTime(v)
-	if err != nil {
-		return 0, false
-	}
-	if date, err := http.ParseTime(h.Get("Date")); err == nil {
-		now = date
-	}
-	return min(max(at.Sub(now), 0), maxRetryAfter), true
 }
 
 // classifyTransport says what it means that no answer came. Sent is whether the whole request may have

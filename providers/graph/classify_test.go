@@ -178,7 +178,7 @@ func TestRetryAfterIsReadInEveryForm(t *testing.T) {
 		{429, "0", mailerr.Throttled, 0},
 		{429, server.Add(90 * time.Second).Format(http.TimeFormat), mailerr.Throttled, 90 * time.Second},
 		{429, server.Add(-time.Minute).Format(http.TimeFormat), mailerr.Throttled, 0},
-		{429, "1e300", mailerr.Throttled, maxRetryAfter},
+		{429, "1e300", mailerr.Throttled, mailerr.MaxRetryAfter},
 		{503, "30", mailerr.Throttled, 30 * time.Second},
 		{509, "5", mailerr.Throttled, 5 * time.Second},
 		{507, "5", mailerr.Quota, quotaWait},
