@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"unicode"
+	"unicode/utf8"
 
 	"golang.org/x/net/idna"
 
@@ -334,7 +335,7 @@ func readsTheSame(value string, list []mime.Address) bool {
 
 func asciiOnly(s string) string {
 	return strings.Map(func(r rune) rune {
-		if r > '~' {
+		if r >= utf8.RuneSelf {
 			return 'x'
 		}
 		return r
