@@ -344,9 +344,14 @@ func TestAccountTroubleParksTheAccountBouncesNothingAndHealsByItself(t *testing.
 		}
 		// Weeks go by: probes, not a storm, and no bounce.
 		for range 30 {
-			w.pass(24 * time.Hour)
 			before := w.clouds["a"].Calls(memory.Commit)
+			w.pass(24 * time.Hour)
 			w.until("a probe", func() bool { return w.clouds["a"].Calls(memory.Commit) > before })
+			w.until("its end", func() bool {
+				w.Outbox.mu.Lock()
+				defer w.Outbox.mu.Unlock()
+				return w.accounts["a"].inFlight == 0
+			})
 		}
 		if n := w.clouds["a"].Calls(memory.Commit); n > 50 {
 			t.Errorf("%d attempts while the account was parked", n)
