@@ -79,6 +79,13 @@ func (p *patient) Write(b []byte) (int, error) {
 	return p.Conn.Write(b)
 }
 
+// broken reports whether the connection has ended.
+func (p *patient) broken() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.sticky != nil
+}
+
 func (p *patient) setTimeout(d time.Duration) {
 	p.mu.Lock()
 	p.timeout = d

@@ -43,9 +43,10 @@ func (c *conn) data(args string) error {
 	}
 	c.p.setTimeout(c.s.cfg.DataTimeout)
 	d := &dotReader{br: c.br, check: newCheck(c.l.Tolerant, c.maxSize())}
-	w := &watcher{c: c}
+	id := c.s.cfg.Submit.NewID()
+	w := &watcher{c: c, id: id}
 	d.onEnd = w.start
-	id, r, err := c.submit(d, d.check)
+	r, err := c.submit(id, d, d.check)
 	gone := w.stop()
 	if d.err != nil && !errors.Is(d.err, io.EOF) {
 		// Nothing behind a message that did not end is a command.
@@ -71,11 +72,9 @@ func (c *conn) data(args string) error {
 // answer gives the final reply to a message. From when it has left, a sign of life proves that it was read.
 func (c *conn) answer(id outbox.ID, r reply, gone bool) error {
 	c.s.metrics.messages.WithLabelValues(strconv.Itoa(r.code / 100)).Inc()
-	if id != "" {
-		c.unread, c.unreadMid = id, c.br.Buffered() > 0
-		if gone {
-			c.answered(false)
-		}
+	c.unread, c.unreadMid = id, c.br.Buffered() > 0
+	if gone {
+		c.answered(false)
 	}
 	if err := c.reply(r); err != nil {
 		return err
@@ -87,9 +86,8 @@ func (c *conn) answer(id outbox.ID, r reply, gone bool) error {
 	return nil
 }
 
-// submit hands a message to the outbox and tells what to answer. The id is empty when nothing was taken.
-func (c *conn) submit(r io.Reader, k *check) (outbox.ID, reply, error) {
-	id := c.s.cfg.Submit.NewID()
+// submit hands a message to the outbox and tells what to answer.
+func (c *conn) submit(id outbox.ID, r io.Reader, k *check) (reply, error) {
 	start := time.Now()
 	log := c.log.With("item", string(id))
 	head, rest, err := readHeader(r)
@@ -111,12 +109,12 @@ func (c *conn) submit(r io.Reader, k *check) (outbox.ID, reply, error) {
 		rep := render(err, string(id))
 		log.Warn("message refused", "from", c.mail.env.From, "recipients", len(c.mail.env.To), "bytes", k.n, "code", rep.code, "class", mailerr.Of(err).Class.String(), "err", err)
 		// An unsure message may have been kept: the outbox knows it under this id.
-		return id, rep, err
+		return rep, err
 	}
 	c.s.metrics.bytes.Add(float64(k.n))
 	log.Info("message accepted", "from", c.mail.env.From, "recipients", len(c.mail.env.To), "bytes", k.n, "message_id", fixed.messageID,
 		"fixes", strings.Join(fixed.fixes, " "), "state", string(res.State), "as", string(res.ID), "client", c.remote.String(), "took", time.Since(start).Round(time.Microsecond))
-	return id, reply{250, "2.0.0", "OK: " + string(res.ID)}, nil
+	return reply{250, "2.0.0", "OK: " + string(res.ID)}, nil
 }
 
 // readHeader reads up to the end of the header block; rest gives what follows.
@@ -156,6 +154,7 @@ func readHeader(r io.Reader) (head []byte, rest io.Reader, err error) {
 // read.
 type watcher struct {
 	c    *conn
+	id   outbox.ID
 	done chan struct{}
 	gone bool
 }
@@ -166,6 +165,10 @@ func (w *watcher) start() {
 		defer close(w.done)
 		if _, err := w.c.br.Peek(1); err != nil {
 			w.gone = true
+			// At once: the client may be back with the same message before this one has its answer.
+			if w.c.p.broken() {
+				w.c.s.cfg.Submit.Answered(w.id, false)
+			}
 		}
 	}()
 }
@@ -178,12 +181,7 @@ func (w *watcher) stop() bool {
 	w.c.p.poke()
 	<-w.done
 	w.c.p.unpoke()
-	if !w.gone {
-		return false
-	}
-	w.c.p.mu.Lock()
-	defer w.c.p.mu.Unlock()
-	return w.c.p.sticky != nil // else it was only called off
+	return w.gone && w.c.p.broken() // else it was only called off
 }
 
 // check looks at a message's bytes as they come: line ends, NUL, size, and what the client sent, as a digest.
@@ -431,11 +429,11 @@ func (c *conn) bdatChunk(args string) error {
 	}
 	if c.bdat == nil {
 		pr, pw := io.Pipe()
-		b := &bdat{w: pw, check: newCheck(c.l.Tolerant, c.maxSize()), done: make(chan struct{})}
+		b := &bdat{w: pw, check: newCheck(c.l.Tolerant, c.maxSize()), done: make(chan struct{}), id: c.s.cfg.Submit.NewID()}
 		c.bdat = b
 		go func() {
 			defer close(b.done)
-			b.id, b.r, b.err = c.submit(pr, b.check)
+			b.r, b.err = c.submit(b.id, pr, b.check)
 			_ = pr.CloseWithError(errGaveUp) // never fails
 		}()
 	}
@@ -457,9 +455,12 @@ func (c *conn) bdatChunk(args string) error {
 	} else {
 		_ = b.w.Close()
 	}
+	w := &watcher{c: c, id: b.id}
+	w.start()
 	<-b.done
+	gone := w.stop()
 	c.bdat, c.mail = nil, nil
-	return c.answer(b.id, b.r, false)
+	return c.answer(b.id, b.r, gone)
 }
 
 var errGaveUp = errors.New("the message was not taken")

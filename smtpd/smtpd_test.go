@@ -569,16 +569,15 @@ func TestWhetherTheAnswerWasReadIsTold(t *testing.T) {
 			<-h.came
 			_ = c.nc.(*net.TCPConn).SetLinger(0)
 			c.nc.Close()
-			// The reset must have come before the answer leaves.
-			for gone := false; !gone; {
-				h.srv.mu.Lock()
-				for k := range h.srv.conns {
-					k.p.mu.Lock()
-					gone = k.p.sticky != nil
-					k.p.mu.Unlock()
-				}
-				h.srv.mu.Unlock()
-			}
+			// That is told at once, while the outbox still has the message.
+			<-h.change
+			close(h.wait)
+		}, false},
+		{"gone before the answer to BDAT", func(h *harness, c *client) {
+			<-h.came
+			_ = c.nc.(*net.TCPConn).SetLinger(0)
+			c.nc.Close()
+			<-h.change
 			close(h.wait)
 		}, false},
 	} {
@@ -588,8 +587,12 @@ func TestWhetherTheAnswerWasReadIsTold(t *testing.T) {
 		}
 		c := h.login()
 		c.envelope()
-		c.cmd("DATA", "354 ")
-		c.send(message)
+		if strings.HasSuffix(tc.name, "BDAT") {
+			c.send(fmt.Sprintf("BDAT %d LAST\r\n%s", len(message), message))
+		} else {
+			c.cmd("DATA", "354 ")
+			c.send(message)
+		}
 		tc.do(h, c)
 		<-h.change
 		h.mu.Lock()

@@ -120,10 +120,11 @@ type recent struct {
 	id       ID
 	digest   [32]byte
 	created  time.Time
-	live     bool // its client is connected and has not been told, as far as is known
+	live     bool // its client, or a repetition's, is connected and has not been told, as far as is known
 	read     bool // the client has read our answer
 	doubt    bool // the answer was that nobody knows: a client that has read it sends again
-	repeated bool
+	repeated bool // a repetition was answered, and that answer was read
+	alias    ID   // the repetition that has or is about to get this one's answer
 	done     chan struct{} // closed when its Submit came to an end
 }
 
@@ -326,7 +327,7 @@ func digest(s Submission) [32]byte {
 }
 
 // remember notes a submission, or finds the one that it repeats: identical bytes and envelope, taken within the
-// hour, whose answer the client may not have read. That one's answer is given once.
+// hour, whose answer the client may not have read. That one's answer is given until a client has read it.
 func (o *Outbox) remember(ctx context.Context, it *item) (*recent, Result, error) {
 	for {
 		o.mu.Lock()
@@ -337,6 +338,10 @@ func (o *Outbox) remember(ctx context.Context, it *item) (*recent, Result, error
 			return nil, Result{}, nil
 		}
 		delivered := o.accounts[it.account].Delivered
+		first.live = true
+		delete(o.recentID, first.alias)
+		first.alias = it.id
+		o.recentID[it.id] = first
 		o.mu.Unlock()
 		// It may still be on its way: its answer is ours.
 		select {
@@ -351,29 +356,18 @@ func (o *Outbox) remember(ctx context.Context, it *item) (*recent, Result, error
 		}
 		o.mu.Lock()
 		switch {
-		case first.repeated: // another connection was quicker
-			o.mu.Unlock()
-			continue
 		case gone, first.read && !first.doubt && state != Unsure:
 			// What the client knows to be taken it sends anew, unless we do not know ourselves whether it was sent.
 			o.forget(first)
 			o.mu.Unlock()
 			continue
-		case delivered && state != Sent: // this answer settles nothing, so it may be given again
+		case delivered && state != Sent:
+			first.doubt = true
 			o.mu.Unlock()
 			return first, Result{}, &mailerr.Error{Class: mailerr.Temporary, Status: mailerr.Status{Subject: 4, Detail: 2}, Op: "outbox.submit", Text: "whether the message was sent is being found out"}
 		}
-		first.repeated = true
+		first.doubt = false
 		o.mu.Unlock()
-		if err := o.w.do(func(t tx) error {
-			_, err := t.exec("UPDATE items SET repeated = 1 WHERE id = ?", string(first.id))
-			return err
-		}); err != nil {
-			o.mu.Lock()
-			first.repeated = false
-			o.mu.Unlock()
-			return first, Result{}, o.diskError(err)
-		}
 		o.log.Info("resubmission of a message whose answer may not have been read: answered like the first", "item", string(first.id), "account", string(it.account), "repeat", string(it.id))
 		o.metrics.duplicates.Inc()
 		return first, Result{ID: first.id, State: Duplicate}, nil
@@ -392,6 +386,7 @@ func (o *Outbox) note(it *item) {
 // forget drops a remembered submission; the caller holds the lock.
 func (o *Outbox) forget(r *recent) {
 	delete(o.recentID, r.id)
+	delete(o.recentID, r.alias)
 	if o.recent[r.digest] == r {
 		delete(o.recent, r.digest)
 	}
@@ -413,14 +408,25 @@ func (o *Outbox) prune(now time.Time) {
 func (o *Outbox) Answered(id ID, read bool) {
 	o.mu.Lock()
 	r := o.recentID[id]
-	if r != nil {
-		read = read && !r.doubt
-		r.live, r.read = false, read
+	if r == nil {
+		o.mu.Unlock()
+		return
 	}
+	read = read && !r.doubt
+	r.live = false
+	column := "answered"
+	if id == r.id {
+		r.read = read
+	} else {
+		column = "repeated"
+		r.repeated, r.alias = read, ""
+		delete(o.recentID, id)
+	}
+	first := r.id
 	o.mu.Unlock()
-	if r != nil && read {
+	if read {
 		o.w.later(func(t tx) error {
-			_, err := t.exec("UPDATE items SET answered = 1 WHERE id = ?", string(id))
+			_, err := t.exec("UPDATE items SET "+column+" = 1 WHERE id = ?", string(first))
 			return err
 		})
 	}

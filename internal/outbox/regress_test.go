@@ -2,6 +2,7 @@ package outbox
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"os"
 	"strings"
@@ -188,5 +189,64 @@ func BenchmarkSubmit(b *testing.B) {
 				}
 			})
 		})
+	}
+}
+
+func TestRepetitionIsAnsweredUntilItsAnswerIsRead(t *testing.T) {
+	w := newWorld(t, nil)
+	s, r := w.submission("a", "r@y.example")
+	if _, err := w.Submit(t.Context(), s, r); err != nil {
+		t.Fatal(err)
+	}
+	w.Answered(s.ID, false)
+	for _, read := range []bool{false, false, true} {
+		s2, r2 := w.submission("a", "r@y.example")
+		res, err := w.Submit(t.Context(), s2, r2)
+		if err != nil || res.State != Duplicate || res.ID != s.ID {
+			t.Fatalf("%+v, %v", res, err)
+		}
+		w.Answered(s2.ID, read)
+		// A crash forgets what is in memory.
+		w.stop()
+		w.open()
+	}
+	if res, err := w.send("a", "r@y.example"); err != nil || res.State != Sent || res.ID == s.ID {
+		t.Errorf("after the answer was read it is a message of its own: %+v, %v", res, err)
+	}
+	if n := w.copies("a"); n != 2 {
+		t.Errorf("%d copies", n)
+	}
+}
+
+func TestClientThatLeavesAndComesBackBeforeItsAnswerIsNoSecondMessage(t *testing.T) {
+	w := newWorld(t, nil)
+	wait := make(chan struct{})
+	w.clouds["a"].Fail(memory.Commit, memory.Fault{Wait: wait, Times: 1})
+	s, r := w.submission("a", "r@y.example")
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if _, err := w.Submit(context.Background(), s, r); err != nil {
+			t.Error(err)
+		}
+		w.Answered(s.ID, false)
+	})
+	w.until("being sent", func() bool { return w.clouds["a"].Calls(memory.Commit) == 1 })
+	w.Answered(s.ID, false) // it has gone
+	s2, r2 := w.submission("a", "r@y.example")
+	wg.Go(func() {
+		if res, err := w.Submit(context.Background(), s2, r2); err != nil || res.ID != s.ID {
+			t.Errorf("%+v, %v", res, err)
+		}
+		w.Answered(s2.ID, true)
+	})
+	w.until("back", func() bool {
+		w.Outbox.mu.Lock()
+		defer w.Outbox.mu.Unlock()
+		return w.recentID[s2.ID] != nil
+	})
+	close(wait)
+	wg.Wait()
+	if n := w.copies("a"); n != 1 {
+		t.Errorf("%d copies", n)
 	}
 }

@@ -97,7 +97,7 @@ func (w *World) Serve(rw http.ResponseWriter, r *http.Request, m Meet) {
 	}
 	if rule.Hang {
 		<-r.Context().Done()
-		return
+		panic(http.ErrAbortHandler) // an empty answer would be one
 	}
 	for k, v := range reply.Header {
 		rw.Header()[k] = v
