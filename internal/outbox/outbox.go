@@ -120,11 +120,11 @@ type recent struct {
 	id       ID
 	digest   [32]byte
 	created  time.Time
-	live     bool // its client, or a repetition's, is connected and has not been told, as far as is known
-	read     bool // the client has read our answer
-	doubt    bool // the answer was that nobody knows: a client that has read it sends again
-	repeated bool // a repetition was answered, and that answer was read
-	alias    ID   // the repetition that has or is about to get this one's answer
+	live     bool          // its client, or a repetition's, is connected and has not been told, as far as is known
+	read     bool          // the client has read our answer
+	doubt    bool          // the answer was that nobody knows: a client that has read it sends again
+	repeated bool          // a repetition was answered, and that answer was read
+	alias    ID            // the repetition that has or is about to get this one's answer
 	done     chan struct{} // closed when its Submit came to an end
 }
 
