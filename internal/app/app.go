@@ -39,6 +39,8 @@ type Options struct {
 	LogTo   io.Writer
 	// Pages serves / of the HTTP listener; nil is the status page.
 	Pages http.Handler
+
+	outbox func(*outbox.Options) // changes the outbox's options, in tests
 }
 
 // App is the bridge.
@@ -50,6 +52,7 @@ type App struct {
 	log      *slog.Logger
 	now      func() time.Time
 	pages    http.Handler
+	tune     func(*outbox.Options)
 
 	registry    *prometheus.Registry
 	httpMetrics *cloudhttp.Metrics
@@ -72,7 +75,7 @@ type App struct {
 
 // New opens everything that the configuration names and listens nowhere yet.
 func New(ctx context.Context, f *config.File, o Options) (_ *App, err error) {
-	a := &App{cfg: f, version: o.Version, dir: f.Absolute(), now: time.Now, pages: o.Pages, registry: obs.NewRegistry(o.Version), health: &obs.Health{},
+	a := &App{cfg: f, version: o.Version, dir: f.Absolute(), now: time.Now, pages: o.Pages, tune: o.outbox, registry: obs.NewRegistry(o.Version), health: &obs.Health{},
 		profilesByName: map[string]*profile{}, accounts: map[mail.AccountID]*account{}}
 	defer func() {
 		if err != nil {
@@ -117,7 +120,11 @@ func (a *App) open(ctx context.Context) (err error) {
 		return err
 	}
 	a.closers = append(a.closers, a.directory.Close)
-	if a.outbox, err = outbox.Open(ctx, outbox.Options{Dir: filepath.Join(a.dir, "outbox"), Accounts: a.outboxAccounts(), Log: a.log, Metrics: a.registry, Now: a.now, Hostname: a.hostname}); err != nil {
+	oo := outbox.Options{Dir: filepath.Join(a.dir, "outbox"), Accounts: a.outboxAccounts(), Log: a.log, Metrics: a.registry, Now: a.now, Hostname: a.hostname}
+	if a.tune != nil {
+		a.tune(&oo)
+	}
+	if a.outbox, err = outbox.Open(ctx, oo); err != nil {
 		return err
 	}
 	a.health.Add("outbox", a.outbox.Ready)

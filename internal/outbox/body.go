@@ -99,6 +99,7 @@ func (o *Outbox) spoolIn(id ID, r io.Reader) (*content, error) {
 		}
 		return nil, err
 	}
+	o.step(StepSpooled)
 	return &content{path: path, size: n}, nil
 }
 

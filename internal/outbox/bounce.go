@@ -42,6 +42,7 @@ func (o *Outbox) bounce(ctx context.Context, a *account, it *item) {
 			}
 		}
 	}
+	o.step(StepReported)
 	it.state, it.nextAt, it.lookups = Dead, time.Time{}, 0
 	o.metrics.dead.Inc()
 	if err := o.w.do(func(t tx) error {

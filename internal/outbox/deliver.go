@@ -205,6 +205,7 @@ func (o *Outbox) attempt(ctx context.Context, a *account, it *item) {
 			return
 		}
 		it.handle = h
+		o.step(StepPrepared)
 		if it.phase != committing {
 			it.phase = committing
 			// Durable before Commit: after a crash the handle is what tells whether it was sent.
@@ -212,6 +213,7 @@ func (o *Outbox) attempt(ctx context.Context, a *account, it *item) {
 				o.failed(a, it, o.diskError(err))
 				return
 			}
+			o.step(StepStaged)
 		}
 	}
 	receipt, err := sender.Commit(ctx, out, it.handle)
@@ -220,6 +222,7 @@ func (o *Outbox) attempt(ctx context.Context, a *account, it *item) {
 		o.failed(a, it, err)
 		return
 	}
+	o.step(StepSent)
 	o.succeeded(a, it, receipt)
 }
 
@@ -349,6 +352,7 @@ func (o *Outbox) succeeded(a *account, it *item, r mail.Receipt) {
 			o.log.Error("a sent message could not be recorded as sent; it will be looked up", "item", string(it.id), "err", err)
 			return
 		}
+		o.step(StepFinished)
 		o.dropFile(it)
 	}
 }

@@ -66,7 +66,21 @@ type Options struct {
 	// long dead letters are; default for ever.
 	KeepSent, KeepDead time.Duration
 	Hostname           string // names this bridge in reports
+	// Step, when set, is told of every step that a crash could come behind: see the Step constants. It is for
+	// tests that end the process there.
+	Step func(step string)
 }
+
+// The steps of a message's way, in order.
+const (
+	StepSpooled  = "spooled"  // the body is a file on disk, nothing else
+	StepRecorded = "recorded" // the record is on disk, the client has no answer
+	StepPrepared = "prepared" // the cloud has a draft that we have no note of
+	StepStaged   = "staged"   // its handle is on disk
+	StepSent     = "sent"     // the cloud has sent it, which we have no note of
+	StepFinished = "finished" // that is on disk
+	StepReported = "reported" // the sender has a report of which we have no note
+)
 
 // DefaultSchedule is when a message that could not be sent is tried again.
 func DefaultSchedule() []time.Duration {
@@ -101,6 +115,8 @@ type Outbox struct {
 	hostname string
 	metrics  *metrics
 	freeDisk func(dir string) (int64, error)
+	step     func(string)
+	stopped  sync.Once
 
 	ctx    context.Context // of attempts; ends when Stop's patience does
 	cancel context.CancelFunc
@@ -184,6 +200,9 @@ func Open(ctx context.Context, o Options) (*Outbox, error) {
 	if b.w, err = newWriter(ctx, d); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
+	if b.step = o.Step; b.step == nil {
+		b.step = func(string) {}
+	}
 	b.metrics = newMetrics(o.Metrics, b)
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	return b, nil
@@ -229,7 +248,9 @@ func (o *Outbox) Stop(ctx context.Context) error {
 	}
 	o.cancel()
 	<-done
-	return errors.Join(o.w.close(), o.db.Close())
+	var err error
+	o.stopped.Do(func() { err = errors.Join(o.w.close(), o.db.Close()) })
+	return err
 }
 
 // Kick makes the outbox look at its records: something was changed.
@@ -483,6 +504,7 @@ func (o *Outbox) take(ctx context.Context, a *account, it *item) (Result, error)
 		o.dropFile(it)
 		return Result{}, o.diskError(err)
 	}
+	o.step(StepRecorded)
 	o.metrics.submitted.Inc()
 	if !slot {
 		it.kept = true
