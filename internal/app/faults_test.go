@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -218,7 +219,7 @@ func (f *faults) submit(m message) error {
 	if err != nil {
 		return err
 	}
-	if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
 		return err
 	}
 	defer conn.Close()
@@ -321,7 +322,8 @@ func TestFaults(t *testing.T) {
 
 var killSteps = []string{outbox.StepSpooled, outbox.StepRecorded, outbox.StepPrepared, outbox.StepStaged, outbox.StepSent, outbox.StepFinished}
 
-func faultRun(t *testing.T, seed uint64, messages int, total map[string]int) {
+// newFaults starts clouds and the service.
+func newFaults(t *testing.T, seed uint64) *faults {
 	f := &faults{t: t, rng: rand.New(rand.NewPCG(seed, 1)), kills: map[string]int{}}
 	f.bridge = newBridge(t, func(s string) string {
 		for i := range 3 {
@@ -356,14 +358,18 @@ func faultRun(t *testing.T, seed uint64, messages int, total map[string]int) {
 		b, _ := os.ReadFile(f.log.Name())
 		t.Fatalf("the service does not start:\n%s", b)
 	}
-	defer func() { f.kill(syscall.SIGKILL) }()
+	t.Cleanup(func() { f.kill(syscall.SIGKILL) })
 	pem, err := os.ReadFile(filepath.Join(f.dir, "state", "tls", "ca.pem"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	f.roots = x509.NewCertPool()
 	f.roots.AppendCertsFromPEM(pem)
+	return f
+}
 
+func faultRun(t *testing.T, seed uint64, messages int, total map[string]int) {
+	f := newFaults(t, seed)
 	// Clients.
 	work := make(chan message)
 	var wg sync.WaitGroup
@@ -562,5 +568,85 @@ func faultRun(t *testing.T, seed uint64, messages int, total map[string]int) {
 			b, _ := os.ReadFile(f.log.Name())
 			_ = os.WriteFile(filepath.Join(dir, fmt.Sprintf("%d.log", seed)), b, 0o600)
 		}
+	}
+}
+
+// peak is the most memory that the service has used so far, in bytes.
+func (f *faults) peak() int64 {
+	f.t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", f.cmd.Process.Pid))
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	m := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(b)
+	if m == nil {
+		f.t.Fatalf("no VmHWM in %s", b)
+	}
+	n, err := strconv.ParseInt(string(m[1]), 10, 64)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return n << 10
+}
+
+// TestFaultsLargeMessagesNeedLittleMemory sends what is as large as the clouds take: the service needs no more
+// memory for it than for small mail, within 32 MB.
+func TestFaultsLargeMessagesNeedLittleMemory(t *testing.T) {
+	f := newFaults(t, 1)
+	for _, c := range []struct {
+		account, from string
+		size          int // of the attachment
+	}{{"relay", "relay@workspace.example", 25 << 20}, {"scanners", "scanner@contoso.example", 100 << 20}} {
+		file := make([]byte, c.size)
+		for i := range file {
+			file[i] = byte(f.rng.Uint32())
+		}
+		var b bytes.Buffer
+		fmt.Fprintf(&b, "From: %s\r\nTo: r0@elsewhere.example\r\nSubject: T-1\r\nDate: Tue, 24 Nov 2026 10:00:00 +0000\r\nMessage-ID: <1@client.example>\r\nMIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n"+
+			"--b\r\nContent-Type: text/plain\r\n\r\nsee there\r\n--b\r\nContent-Type: application/pdf; name=a.pdf\r\nContent-Disposition: attachment; filename=a.pdf\r\nContent-Transfer-Encoding: base64\r\n\r\n", c.from)
+		head := b.Len()
+		text := base64.StdEncoding.EncodeToString(file)
+		for len(text) > 0 {
+			n := min(76, len(text))
+			b.WriteString(text[:n] + "\r\n")
+			text = text[n:]
+		}
+		b.WriteString("--b--\r\n")
+		small := message{account: c.account, from: c.from, to: []string{"r0@elsewhere.example"}, raw: append(bytes.Clone(b.Bytes()[:head+1024*78]), "--b--\r\n"...)}
+		large := small
+		large.raw = b.Bytes()
+		for range 20 {
+			if err := f.submit(small); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := f.peak()
+		if err := f.submit(large); err != nil {
+			t.Fatal(err)
+		}
+		var got []byte
+		for deadline := time.Now().Add(2 * time.Minute); got == nil; f.pause(50 * time.Millisecond) {
+			for _, d := range f.cloud.World.Deliveries() {
+				if len(d.Raw) > c.size {
+					got = d.Raw
+				}
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: the large message does not arrive", c.account)
+			}
+		}
+		grown := f.peak() - before
+		t.Logf("%s: %d MB more for a message of %d MB; %d MB in all", c.account, grown>>20, b.Len()>>20, f.peak()>>20)
+		if grown > 32<<20 {
+			t.Errorf("%s: %d MB more for a message of %d MB", c.account, grown>>20, b.Len()>>20)
+		}
+		i := bytes.Index(got, []byte("Content-Transfer-Encoding: base64"))
+		i += bytes.Index(got[i:], []byte("\r\n\r\n")) + 4
+		end := i + bytes.Index(got[i:], []byte("\r\n--"))
+		back, err := base64.StdEncoding.DecodeString(strings.ReplaceAll(string(got[i:end]), "\r\n", ""))
+		if err != nil || !bytes.Equal(back, file) {
+			t.Errorf("%s: the attachment arrived changed: %d bytes, %v", c.account, len(back), err)
+		}
+		f.cloud.World.Reset()
 	}
 }
