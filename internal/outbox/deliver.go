@@ -497,7 +497,10 @@ func (o *Outbox) next(it *item, now time.Time) time.Time {
 
 // expired reports whether a message is too old to be tried again.
 func (o *Outbox) expired(a *account, it *item, now time.Time) bool {
-	return a.GiveUp > 0 && now.Sub(it.created) > a.GiveUp
+	o.mu.Lock()
+	steady := o.steady
+	o.mu.Unlock()
+	return a.GiveUp > 0 && now.Sub(it.created) > a.GiveUp && now.Sub(steady) > min(grace, a.GiveUp)
 }
 
 // giveUp makes a dead letter of what could not be sent, and a report to the sender.

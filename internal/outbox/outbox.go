@@ -128,6 +128,7 @@ type Outbox struct {
 	recentID map[ID]*recent
 	busy     map[ID]bool // items that are being attempted
 	stopping bool
+	steady   time.Time // when the process started or its clock jumped last
 	kick     chan struct{}
 }
 
@@ -210,6 +211,7 @@ func Open(ctx context.Context, o Options) (*Outbox, error) {
 
 // Start takes up what an earlier process left and begins to send. Only one process may do so.
 func (o *Outbox) Start(ctx context.Context) error {
+	o.steady = o.now()
 	if err := o.recover(ctx); err != nil {
 		return err
 	}

@@ -7,6 +7,7 @@ import (
 
 	"mailbridge/internal/mail"
 	"mailbridge/internal/mailerr"
+	"mailbridge/internal/pace"
 )
 
 // active are the states in which something happens by itself when it is due. Those of which there are few come
@@ -18,6 +19,11 @@ const (
 	purgeEvery = 10 * time.Minute
 	// purgeBatch bounds one deletion, so that it does not hold up submissions.
 	purgeBatch = 500
+	// maxGap is more than ever lies between two looks of a process that runs.
+	maxGap = 20 * time.Minute
+	// grace is how long nothing is given up after a start or a jump of the clock: the network may not be up yet,
+	// and the clock may be wrong.
+	grace = time.Hour
 	// maxStart bounds the attempts of one account that one look starts.
 	maxStart = 64
 )
@@ -28,8 +34,14 @@ func (o *Outbox) run() {
 	last, lastPurge := o.now(), time.Time{}
 	for {
 		now := o.now()
-		if now.Before(last.Add(-time.Minute)) {
-			o.clockSetBack(now)
+		switch d := now.Sub(last); {
+		case d < -time.Minute:
+			o.clockSetBack(now, -d)
+		case d > maxGap:
+			o.mu.Lock()
+			o.steady = now
+			o.mu.Unlock()
+			o.log.Warn("time has jumped ahead: the machine slept, or its clock was set", "by", d.Round(time.Second))
 		}
 		last = now
 		o.mu.Lock()
@@ -397,22 +409,29 @@ func (o *Outbox) Resume(id mail.AccountID) {
 	o.wake(a, now)
 }
 
-// clockSetBack brings the times of waiting mail near again.
-func (o *Outbox) clockSetBack(now time.Time) {
-	longest := o.schedule[len(o.schedule)-1] * 5 / 4
-	o.log.Warn("the clock was set back")
+// clockSetBack moves everything that waits back by as much.
+func (o *Outbox) clockSetBack(now time.Time, by time.Duration) {
+	o.log.Warn("the clock was set back", "by", by.Round(time.Second))
+	paces := map[*pace.Scheduler]bool{}
 	o.mu.Lock()
+	o.steady = now
 	for _, a := range o.accounts {
 		a.due = time.Time{}
-		if a.Pace.Until().Sub(now) > longest {
-			a.Pace.Clear()
-		}
-		if a.park != nil && a.park.until.Sub(now) > longestPark && a.park.class == mailerr.Auth {
-			a.park.until = now
+		paces[a.Pace] = true
+		if a.park != nil {
+			a.park.until = a.park.until.Add(-by)
 		}
 	}
 	o.mu.Unlock()
-	o.nearTimes(now)
+	for p := range paces {
+		p.SetBack(by)
+	}
+	if err := o.w.do(func(t tx) error {
+		_, err := t.exec("UPDATE items SET next_at = next_at - ? WHERE next_at > ? AND state IN ('queued', 'unsure', 'bouncing')", by.Milliseconds(), by.Milliseconds())
+		return err
+	}); err != nil {
+		o.log.Error("waiting mail keeps its old times", "err", err)
+	}
 }
 
 // nearTimes lets nothing wait for longer than the schedule has it.

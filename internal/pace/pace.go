@@ -154,6 +154,20 @@ func (s *Scheduler) Clear() {
 	s.notBefore = time.Time{}
 }
 
+// SetBack tells that the clock was set back: what was named and counted moves with it.
+func (s *Scheduler) SetBack(by time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.notBefore.IsZero() {
+		s.notBefore = s.notBefore.Add(-by)
+	}
+	for _, w := range []*window{&s.requests, &s.upload, &s.minute, &s.day} {
+		for i := range w.parts {
+			w.parts[i].at = w.parts[i].at.Add(-by)
+		}
+	}
+}
+
 // Until tells when the next message may begin; a time that is not in the future is now.
 func (s *Scheduler) Until() time.Time {
 	now := s.now()
